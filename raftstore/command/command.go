@@ -1,0 +1,75 @@
+// Package command is the vocabulary of the replicated log: transactions, their
+// results, and the versioned encoding of both.
+package command
+
+import (
+	"decree.dev/decree/schemas/api"
+)
+
+// Txn is the unit of change: all of its mutations happen, or none do. It is pure
+// data; the state machine adds nothing to it but what it can derive from the log.
+type Txn struct {
+	// Key makes a retry harmless: a Txn whose key was applied already returns the
+	// first result. Empty means no protection.
+	Key string
+	// Time is the proposer's clock in milliseconds since 1970. The state machine
+	// has no clock of its own; it uses max(Time, the newest time it has seen).
+	Time int64
+	// Actor is who asks: "git/SOURCE", "controller/NAME", "node/NAME", "user/NAME".
+	Actor string
+	// Reason is a short text for the audit log.
+	Reason string
+	// Commit is set when the transaction carries a Git commit into force. Only such
+	// a transaction may create, update or delete objects that come from Git, and
+	// only those of its own source.
+	Commit *Commit
+	// Mutations are applied in order. Each key may occur once.
+	Mutations []api.Mutation
+}
+
+// Commit says which commit a transaction brings into force.
+type Commit struct {
+	Source string
+	// Parent must equal the source's applied commit ("" for the first): two
+	// deliveries of one source can never interleave.
+	Parent string
+	// Revision is the record to keep, Refused ones included (these carry no other
+	// mutations).
+	Revision *api.Revision
+}
+
+// Result is the deterministic outcome of one Txn. A rejection is a Result, never
+// an error of Apply.
+type Result struct {
+	// Revision is the revision of the state after the Txn (unchanged if rejected).
+	Revision uint64
+	// Rejected is nil when the Txn was applied.
+	Rejected *Rejection
+}
+
+// Code classifies a [Rejection].
+type Code uint8
+
+// The codes. Their numbers are part of the log format.
+const (
+	Conflict  Code = iota + 1 // a Revision, UID or Parent precondition does not hold
+	Exists                    // Create of a key that exists
+	NotFound                  // Update, UpdateStatus or Delete of an absent key
+	Forbidden                 // a write to an object that comes from Git, outside a commit
+	Invalid                   // the mutation makes no sense (no object, duplicate key, exhausted range)
+)
+
+// Rejection says why a Txn changed nothing. It is an error.
+type Rejection struct {
+	Code    Code
+	Key     api.Key // the offending object, if there is one
+	Message string
+}
+
+// Error implements error.
+func (r *Rejection) Error() string {
+	if r.Key.Name == "" {
+		return r.Message
+	}
+	return r.Key.String() + ": " + r.Message
+}

@@ -1,0 +1,37 @@
+package api
+
+import "k8s.io/apimachinery/pkg/runtime"
+
+// DeepCopyObject implements runtime.Object.
+func (s *Source) DeepCopyObject() runtime.Object {
+	c := *s
+	s.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	c.Spec.SecretRef = clonePtr(s.Spec.SecretRef)
+	c.Spec.Prune = clonePtr(s.Spec.Prune)
+	c.Spec.DeletionBudget = clonePtr(s.Spec.DeletionBudget)
+	c.Status.AppliedAt = s.Status.AppliedAt.DeepCopy()
+	c.Status.FetchedAt = s.Status.FetchedAt.DeepCopy()
+	c.Status.Suspended = clonePtr(s.Status.Suspended)
+	c.Status.Conditions = append(s.Status.Conditions[:0:0], s.Status.Conditions...)
+	return &c
+}
+
+// DeepCopyObject implements runtime.Object.
+func (r *Revision) DeepCopyObject() runtime.Object {
+	c := *r
+	r.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	c.Spec.Changes = append(r.Spec.Changes[:0:0], r.Spec.Changes...)
+	for i, ch := range c.Spec.Changes {
+		c.Spec.Changes[i].Fields = append(ch.Fields[:0:0], ch.Fields...)
+	}
+	return &c
+}
+
+// clonePtr copies what p points to; T must hold no pointers that are written to.
+func clonePtr[T any](p *T) *T {
+	if p == nil {
+		return nil
+	}
+	c := *p
+	return &c
+}
