@@ -79,6 +79,8 @@ func (s *Store) enqueue(p *proposal) error {
 	select {
 	case <-s.closing:
 		return ErrClosed
+	case <-s.fsm.stopped:
+		return *s.fsm.fatal.Load()
 	default:
 	}
 	s.waiting = append(s.waiting, p)
@@ -186,6 +188,9 @@ func answer(batch []*proposal, out outcome) {
 // acknowledged, and that a quorum still follows, holds every acknowledged change,
 // because it acknowledges its own only after it has applied them.
 func (s *Store) Read(ctx context.Context) (*state.State, error) {
+	if fatal := s.fsm.fatal.Load(); fatal != nil {
+		return nil, *fatal
+	}
 	term := s.raft.CurrentTerm()
 	if s.readTerm.Load() != term {
 		if !s.IsLeader() {
@@ -221,7 +226,7 @@ func (s *Store) catchUp(ctx context.Context) error {
 
 func (s *Store) readError(ctx context.Context, err error) error {
 	switch {
-	case ctx.Err() != nil, errors.Is(err, ErrClosed):
+	case ctx.Err() != nil, errors.Is(err, ErrClosed), errors.Is(err, ErrFatal):
 		return fmt.Errorf("read: %w", err)
 	case errors.Is(err, raft.ErrLeadershipLost):
 		return s.notLeader()
@@ -238,6 +243,8 @@ func (s *Store) wait(ctx context.Context, f raft.Future) error {
 		return err
 	case <-s.closing:
 		return ErrClosed
+	case <-s.fsm.stopped:
+		return *s.fsm.fatal.Load()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
@@ -313,7 +320,7 @@ func (s *Store) becomeReady() bool {
 	default:
 	}
 	settings := s.View().Settings()
-	if id, _ := s.Leader(); id == "" || settings == nil {
+	if id, _ := s.Leader(); id == "" || settings == nil || s.fsm.fatal.Load() != nil {
 		return false
 	}
 	if s.IsLeader() && s.readTerm.Load() != s.raft.CurrentTerm() {

@@ -321,6 +321,9 @@ func (s *Store) Ready() <-chan struct{} { return s.ready }
 
 // WaitReady waits for [Store.Ready].
 func (s *Store) WaitReady(ctx context.Context) error {
+	if fatal := s.fsm.fatal.Load(); fatal != nil {
+		return *fatal
+	}
 	select {
 	case <-s.ready:
 		return nil
