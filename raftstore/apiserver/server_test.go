@@ -283,7 +283,6 @@ func (f *fixture) running(name string) {
 type fakeNodes struct {
 	mu      sync.Mutex
 	last    *corev1.PodLogOptions
-	sizes   []apiserver.TerminalSize
 	lines   chan string   // a followed log
 	started chan struct{} // receives when an exec of "wait" has begun
 	ended   chan error    // receives why "wait" ended
