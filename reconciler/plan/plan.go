@@ -12,16 +12,11 @@ import (
 	"cmp"
 	"fmt"
 	"slices"
-	"strconv"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/schemas/api"
 )
-
-// SystemNamespace holds Decree's own objects. It exists in every cluster, as does
-// "default".
-const SystemNamespace = "decree-system"
 
 // Desired is one object of a commit, with where it is written.
 type Desired struct {
@@ -201,7 +196,7 @@ func (p *planner) emit() {
 			m := api.Mutation{Verb: api.Update, Key: it.key, Object: it.object, UID: it.current.GetUID()}
 			if it.key.Resource == api.Pods {
 				// The scheduler may bind the pod meanwhile; the plan must not undo it.
-				m.Revision = revisionOf(it.current)
+				m.Revision = api.RevisionOf(it.current)
 			}
 			p.add(m, file, it.edits)
 		default:
@@ -248,13 +243,4 @@ func compareRank(a, b api.Key) int {
 func compareDiagnostics(a, b api.Diagnostic) int {
 	return cmp.Or(cmp.Compare(a.Pos.File, b.Pos.File), cmp.Compare(a.Pos.Line, b.Pos.Line),
 		cmp.Compare(a.Pos.Column, b.Pos.Column), cmp.Compare(a.Object, b.Object), cmp.Compare(a.Field, b.Field))
-}
-
-// revisionOf is the revision that stored o, zero if unknown.
-func revisionOf(o api.Object) uint64 {
-	n, err := strconv.ParseUint(o.GetResourceVersion(), 10, 64)
-	if err != nil {
-		return 0
-	}
-	return n
 }

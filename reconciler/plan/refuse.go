@@ -46,7 +46,7 @@ func anyMap(m map[string]string) map[string]any {
 }
 
 func builtIn(namespace string) bool {
-	return namespace == metav1.NamespaceDefault || namespace == SystemNamespace
+	return namespace == metav1.NamespaceDefault || namespace == api.SystemNamespace
 }
 
 // checkOwner refuses objects that exist and belong to someone else.
