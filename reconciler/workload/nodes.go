@@ -62,15 +62,15 @@ func Nodes(now time.Time, r api.Reader, lastContact map[string]time.Time) (ms []
 	return append(ms, more...), earliest(wait, next)
 }
 
-// nodeReady returns the Ready condition, with status Unknown and no reason for a
-// node that never reported one.
+// nodeReady returns the Ready condition; its status is empty for a node that never
+// reported one (such a node gets no pods, and needs no taint for that).
 func nodeReady(n *corev1.Node) corev1.NodeCondition {
 	for _, c := range n.Status.Conditions {
 		if c.Type == corev1.NodeReady {
 			return c
 		}
 	}
-	return corev1.NodeCondition{Type: corev1.NodeReady, Status: corev1.ConditionFalse}
+	return corev1.NodeCondition{Type: corev1.NodeReady}
 }
 
 func silenceNode(ms []api.Mutation, now time.Time, r api.Reader, node *corev1.Node, contact time.Time) []api.Mutation {
