@@ -11,8 +11,8 @@ import (
 	"decree.dev/decree/schemas/api"
 )
 
-// checkBootstrap says what is wrong with the settings of a new cluster.
-func checkBootstrap(b *command.Bootstrap) error {
+// CheckBootstrap says what is wrong with the settings of a new cluster.
+func CheckBootstrap(b *command.Bootstrap) error {
 	if b.ClusterID == "" {
 		return fmt.Errorf("the cluster id is empty")
 	}

@@ -79,7 +79,7 @@ func (d *draft) bootstrap() *command.Rejection {
 	case d.base.settings != nil:
 		return &command.Rejection{Code: command.Exists, Message: fmt.Sprintf("the cluster has its settings already, its id is %s", d.base.settings.ClusterID)}
 	}
-	if err := checkBootstrap(b); err != nil {
+	if err := CheckBootstrap(b); err != nil {
 		return &command.Rejection{Code: command.Invalid, Message: err.Error()}
 	}
 	settings := *b

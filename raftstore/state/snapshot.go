@@ -221,7 +221,7 @@ func (d *snapshotReader) take(kind byte, payload []byte) error {
 		if err != nil {
 			return corrupt("%w", err)
 		}
-		if err := checkBootstrap(b); err != nil {
+		if err := CheckBootstrap(b); err != nil {
 			return corrupt("%w", err)
 		}
 		d.draft.next.settings = b

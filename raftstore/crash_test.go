@@ -1,0 +1,3 @@
+package raftstore_test
+
+func childMain() bool { return false }
