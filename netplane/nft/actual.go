@@ -81,9 +81,9 @@ func (a *actual) add(f *family, id setID, se *nftables.SetElement) {
 	switch id {
 	case services:
 		e.val = verdictChain(se.Val)
-	case endpoints:
+	case endpoints, identities, live:
 		key = key[4:]
-	case live, closed:
+	case closed:
 	default:
 		a.rest = append(a.rest, e)
 		return

@@ -3,6 +3,7 @@ package nft
 import (
 	"cmp"
 	"encoding/binary"
+	"hash/fnv"
 	"net/netip"
 	"slices"
 
@@ -39,16 +40,34 @@ func elementsOf(out []element, s *render.Service) []element {
 		return append(out, element{set: closed, key: port})
 	}
 	out = append(out, element{set: services, key: port, val: balancer(n, s.Affinity)})
+	taken := map[uint32]bool{}
 	for i, ep := range s.Endpoints {
-		index := binary.NativeEndian.AppendUint32(make([]byte, 0, 48), uint32(i))
+		key := word(uint32(i)) + port
 		backend := string(appendAddrPort(nil, ep))
-		out = append(out, element{set: endpoints, key: string(append(index, port...)), val: backend})
+		out = append(out, element{set: endpoints, key: key, val: backend})
 		if s.Affinity > 0 {
-			out = append(out, element{set: live, key: port + backend})
+			who := identity(backend, taken)
+			out = append(out, element{set: identities, key: key, val: word(who)}, element{set: live, key: word(who) + port, val: backend})
 		}
 	}
 	return out
 }
+
+// identity is a number for an endpoint that stays the same while other endpoints
+// of its service come and go.
+func identity(backend string, taken map[uint32]bool) uint32 {
+	h := fnv.New32a()
+	h.Write([]byte(backend))
+	who := h.Sum32()
+	for who == 0 || taken[who] { // zero is no mark
+		who++
+	}
+	taken[who] = true
+	return who
+}
+
+// word is a number as the kernel holds it in a register.
+func word(n uint32) string { return string(binary.NativeEndian.AppendUint32(nil, n)) }
 
 func hairpinOf(a netip.Addr) element {
 	return element{set: hairpin, key: string(appendAddr(appendAddr(nil, a), a))}

@@ -78,17 +78,18 @@ func (f *family) refuse() [][]expr.Any {
 // back otherwise: a pod that reached itself, a client outside the cluster, and
 // pods that leave the cluster.
 func (f *family) masquerade() [][]expr.Any {
-	toService := []expr.Any{&expr.Ct{Key: expr.CtKeyDST, Register: reg0}, member(reg0, ranges)}
 	translated := []expr.Any{
 		ct(expr.CtKeySTATUS),
 		&expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(dstNATStatus), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)},
 	}
 	src, dst := f.load(reg0, f.saddr), f.load(reg0, f.daddr)
+	dst2 := f.load(reg0+f.words, f.daddr)
 	masq := &expr.Masq{FullyRandom: true}
 	return [][]expr.Any{
-		join(toService, []expr.Any{src, f.load(reg0+f.words, f.daddr), member(reg0, hairpin), masq}),
-		join(toService, translated, []expr.Any{src, notMember(reg0, cluster), masq}),
+		join(translated, []expr.Any{src, dst2, member(reg0, hairpin), masq}),
+		// Others translate addresses too: only what goes to an endpoint of ours.
+		join(translated, []expr.Any{dst, dst2, member(reg0, hairpin), src, notMember(reg0, cluster), masq}),
 		{src, member(reg0, pods), dst, notMember(reg0, cluster), dst, notMember(reg0, ranges), masq},
 	}
 }
@@ -125,34 +126,50 @@ func parseBalancer(name string) (n int, affinity time.Duration, ok bool) {
 // balancerChain is the chain that picks one of n endpoints.
 //
 // The random number lies in the register before the service's key, so that one
-// lookup finds the endpoint, whatever the number of services.
+// lookup finds the endpoint, whatever the number of services. With affinity, the
+// endpoint's identity travels in the packet mark of a connection's first packet
+// from one lookup to the next, because the nft command cannot list rules that use
+// the result of a lookup in another one; the mark is zero again when done.
 func (f *family) balancerChain(n int, timeout time.Duration) chain {
 	key := reg0 + f.words     // service; one address before it for the client
 	data := key + f.words + 2 // endpoint
-	pick := join(
-		[]expr.Any{&expr.Numgen{Register: key - 1, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM}},
-		f.loadPort(key),
-		[]expr.Any{&expr.Lookup{SourceRegister: key - 1, SetName: setNames[endpoints], IsDestRegSet: true, DestRegister: data}},
-	)
+	spare := data + f.words + 1
+	index := &expr.Numgen{Register: key - 1, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM}
 	nat := &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.nf), RegAddrMin: data, RegProtoMin: data + f.words, Specified: true}
 	c := chain{name: balancer(n, timeout)}
-	if timeout > 0 {
-		remember := &expr.Dynset{SetName: setNames[affinity], SrcRegKey: reg0, SrcRegData: data, Operation: unix.NFT_DYNSET_OP_UPDATE, Timeout: timeout}
-		forget := &expr.Dynset{SetName: setNames[affinity], SrcRegKey: reg0, SrcRegData: data, Operation: dynsetDelete}
-		client := f.load(reg0, f.saddr)
-		c.rules = append(c.rules,
-			// A client that is remembered and whose endpoint is still there.
-			join([]expr.Any{client}, f.loadPort(key),
-				[]expr.Any{
-					&expr.Lookup{SourceRegister: reg0, SetName: setNames[affinity], IsDestRegSet: true, DestRegister: data},
-					member(key, live), remember, nat,
-				}),
-			// An update keeps the endpoint it finds: one that is gone has to go first.
-			join(pick, []expr.Any{client, forget, remember, nat}))
+	pick := join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, endpoints, data)})
+	if timeout == 0 {
+		c.rules = [][]expr.Any{join(pick, []expr.Any{nat})}
+		return c
 	}
-	// Also where remembering found no room.
-	c.rules = append(c.rules, join(pick, []expr.Any{nat}))
+	client := f.load(reg0, f.saddr)
+	mark := func(reg uint32) expr.Any { return &expr.Meta{Key: expr.MetaKeyMARK, Register: reg} }
+	setMark := func(reg uint32) expr.Any {
+		return &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg}
+	}
+	dynset := func(op uint32, timeout time.Duration) expr.Any {
+		return &expr.Dynset{SetName: setNames[affinity], SrcRegKey: reg0, SrcRegData: spare, Operation: op, Timeout: timeout}
+	}
+	remember, forget := dynset(unix.NFT_DYNSET_OP_UPDATE, timeout), dynset(dynsetDelete, 0)
+	unmark := []expr.Any{&expr.Immediate{Register: spare, Data: make([]byte, 4)}, setMark(spare)}
+	find := []expr.Any{mark(key - 1), mapped(key-1, live, data)}
+	c.rules = [][]expr.Any{
+		// A client that is remembered, and whose endpoint is still there.
+		join([]expr.Any{client}, f.loadPort(key), []expr.Any{mapped(reg0, affinity, data), setMark(data)},
+			find, []expr.Any{client, mark(spare), remember}, unmark, []expr.Any{nat}),
+		// Any other. An update keeps the endpoint that it finds: one that is gone has
+		// to be forgotten first.
+		join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, identities, data), setMark(data)},
+			find, []expr.Any{client, mark(spare), forget, remember}, unmark, []expr.Any{nat}),
+		// Where there was no room to remember.
+		join(unmark, pick, []expr.Any{nat}),
+	}
 	return c
+}
+
+// mapped looks up what is at register reg in a map, into register to.
+func mapped(reg uint32, id setID, to uint32) expr.Any {
+	return &expr.Lookup{SourceRegister: reg, SetName: setNames[id], IsDestRegSet: true, DestRegister: to}
 }
 
 // loadPort loads the packet's address . protocol . port from register reg on.

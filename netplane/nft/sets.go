@@ -15,12 +15,15 @@ const (
 	endpoints
 	// closed are the services without endpoints.
 	closed
-	// live are service . endpoint of the services with affinity: an entry of affinity
-	// whose endpoint is not here is not used any more.
+	// identities maps index . service to the identity of the endpoint, and live maps
+	// identity . service to endpoint address . port, for the services with affinity.
+	identities
 	live
-	// affinity maps client . service to endpoint; packets write it.
+	// affinity maps client . service to the identity of an endpoint, which may be gone
+	// from live. Packets write it.
 	affinity
-	// hairpin are the pairs endpoint . endpoint: a pod that reached itself.
+	// hairpin are the pairs address . address of all endpoints: what a pod that
+	// reached itself looks like.
 	hairpin
 	// cluster, pods, ranges and local are the like-named fields of render.Table.
 	cluster
@@ -34,7 +37,7 @@ const (
 // balanced without being remembered.
 const affinitySize = 1 << 18
 
-var setNames = [numSets]string{"services", "endpoints", "closed", "live", "affinity", "hairpin", "cluster", "pods", "range", "local"}
+var setNames = [numSets]string{"services", "endpoints", "closed", "identities", "live", "affinity", "hairpin", "cluster", "pods", "range", "local"}
 
 // set describes a set to the kernel.
 func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
@@ -44,14 +47,14 @@ func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
 	switch id {
 	case services:
 		s.KeyType, s.IsMap, s.DataType = concat(port...), true, nftables.TypeVerdict
-	case endpoints:
+	case endpoints, live:
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, backend
+	case identities:
+		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, nftables.TypeMark
 	case closed, local:
 		s.KeyType = concat(port...)
-	case live:
-		s.KeyType = concat(append(port, f.addrType, nftables.TypeInetService)...)
 	case affinity:
-		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{f.addrType}, port...)...), true, backend
+		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{f.addrType}, port...)...), true, nftables.TypeMark
 		s.Dynamic, s.HasTimeout, s.Size = true, true, affinitySize
 	case hairpin:
 		s.KeyType = concat(f.addrType, f.addrType)
