@@ -158,7 +158,7 @@ func (s *statusWriter) waiting(c *corev1.Container, init, turn bool) *corev1.Con
 	for _, a := range []Action{PullImage, CreateContainer, StartContainer} {
 		if r, ok := s.local.Retry[RetryKey{c.Name, a}]; ok && r.Reason != "" {
 			w := &corev1.ContainerStateWaiting{Reason: r.Reason, Message: r.Message}
-			if a == PullImage && r.Reason == reasonErrImagePull && (r.Failures > 1 || s.now.Before(r.At)) && s.local.InFlight[c.Name] != PullImage && r.Failures > 1 {
+			if a == PullImage && r.Reason == reasonErrImagePull && r.Failures > 1 {
 				w.Reason = reasonImagePullBackOff
 				w.Message = fmt.Sprintf("Back-off pulling image %q: %s", c.Image, r.Message)
 			}
@@ -178,6 +178,13 @@ func (s *statusWriter) waiting(c *corev1.Container, init, turn bool) *corev1.Con
 func (s *statusWriter) terminated(c *Container) *corev1.ContainerStateTerminated {
 	t := &corev1.ContainerStateTerminated{ExitCode: c.ExitCode, Signal: c.Signal, StartedAt: *seconds(c.StartedAt),
 		FinishedAt: *seconds(c.FinishedAt), ContainerID: idPrefix + c.ID, Message: s.local.Messages[c.ID]}
+	if old := statusOf(s.pod, c.Name); t.Message == "" && old != nil {
+		for _, st := range []corev1.ContainerState{old.State, old.LastTerminationState} {
+			if st.Terminated != nil && st.Terminated.ContainerID == t.ContainerID {
+				t.Message = st.Terminated.Message
+			}
+		}
+	}
 	switch {
 	case c.OOMKilled:
 		t.Reason = reasonOOMKilled

@@ -26,13 +26,18 @@ const (
 	mostSearches    = 32
 )
 
-// Hosts is the content of a pod's /etc/hosts.
-func Hosts(pod *corev1.Pod, hostname string, ips []string) []byte {
+// Hosts is the content of a pod's /etc/hosts. With a subdomain, the pod's full name
+// comes before its hostname.
+func Hosts(pod *corev1.Pod, hostname, domain string, ips []string) []byte {
+	names := hostname
+	if pod.Spec.Subdomain != "" && domain != "" {
+		names = fmt.Sprintf("%s.%s.%s.svc.%s\t%s", hostname, pod.Spec.Subdomain, pod.Namespace, domain, hostname)
+	}
 	var b strings.Builder
 	b.WriteString("# Written by decree.\n127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n" +
 		"fe00::\tip6-localnet\nff00::\tip6-mcastprefix\nfe00::1\tip6-allnodes\nff02::2\tip6-allrouters\n")
 	for _, ip := range ips {
-		fmt.Fprintf(&b, "%s\t%s\n", ip, hostname)
+		fmt.Fprintf(&b, "%s\t%s\n", ip, names)
 	}
 	for _, a := range pod.Spec.HostAliases {
 		fmt.Fprintf(&b, "%s\t%s\n", a.IP, strings.Join(a.Hostnames, "\t"))
@@ -146,7 +151,7 @@ func (p *Pod) WriteEtc(hostname string, ips []string, dns DNS) (Etc, error) {
 	}
 	e := Etc{Hosts: filepath.Join(dir, "hosts"), Hostname: filepath.Join(dir, "hostname"), Resolv: filepath.Join(dir, "resolv.conf")}
 	for path, data := range map[string][]byte{
-		e.Hosts:    Hosts(p.Env.Pod, hostname, ips),
+		e.Hosts:    Hosts(p.Env.Pod, hostname, dns.Domain, ips),
 		e.Hostname: []byte(hostname + "\n"),
 		e.Resolv:   ResolvConf(p.Env.Pod, dns, node),
 	} {
