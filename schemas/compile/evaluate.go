@@ -1,0 +1,250 @@
+package compile
+
+import (
+	"context"
+	"fmt"
+	"io/fs"
+	"path"
+	"slices"
+	"strings"
+
+	"cuelang.org/go/cue"
+	"cuelang.org/go/cue/errors"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+
+	"decree.dev/decree/schemas/api"
+)
+
+// Evaluate compiles tree in this process: without a limit on time and memory, and
+// without cache. The worker process uses it, and callers that trust the tree. The
+// context is looked at between packages. Objects are ordered by package, then as
+// they are written.
+func Evaluate(ctx context.Context, fsys fs.FS, opts Options) (*Result, error) {
+	opts = opts.withDefaults()
+	t, diags, err := readTree(fsys, opts)
+	if err != nil {
+		return nil, err
+	}
+	if len(diags) > 0 {
+		return finish(nil, diags, len(t.files)), nil
+	}
+	e := newEvaluator(newDefinitions(), t)
+	var results []*packageResult
+	for _, p := range e.packages(opts.Path) {
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("evaluate %s: %w", p.id(), context.Cause(ctx))
+		}
+		results = append(results, e.evaluate(p))
+	}
+	r := finish(results, nil, len(t.files))
+	r.Evaluated = len(results)
+	return r, nil
+}
+
+// packageResult is what one package means. It depends on nothing but the files of
+// the folders in deps.
+type packageResult struct {
+	id      string
+	deps    []string
+	objects []Object
+	diags   []api.Diagnostic
+}
+
+// finish joins the results of packages: duplicates across packages are found here,
+// and one diagnostic anywhere means no objects.
+func finish(results []*packageResult, diags []api.Diagnostic, files int) *Result {
+	r := &Result{Files: files, Diagnostics: slices.Clone(diags)}
+	places := map[api.Key]api.Position{}
+	for _, p := range results {
+		r.Diagnostics = append(r.Diagnostics, p.diags...)
+		for _, o := range p.objects {
+			key := api.KeyOf(o.Object)
+			if first, ok := places[key]; ok {
+				if first == o.Pos {
+					continue // the same text seen through two packages or two fields
+				}
+				r.Diagnostics = append(r.Diagnostics, api.Diagnostic{
+					Pos: o.Pos, Object: key.String(), Message: "the object is written twice",
+					Found: "also at " + first.String(), Hint: "remove one of them, or rename it",
+				})
+				continue
+			}
+			places[key] = o.Pos
+			r.Objects = append(r.Objects, o)
+		}
+	}
+	r.Diagnostics = order(r.Diagnostics)
+	if len(r.Diagnostics) > 0 {
+		r.Objects = nil
+	}
+	return r
+}
+
+// evaluator evaluates the packages of one tree.
+type evaluator struct {
+	*loader
+	explain *explainer
+}
+
+func newEvaluator(defs *definitions, t *tree) *evaluator {
+	return &evaluator{loader: newLoader(defs, t), explain: &explainer{defs: defs, tree: t}}
+}
+
+// packages lists what is to be evaluated at and below dir.
+func (e *evaluator) packages(dir string) []*pkg {
+	var list []*pkg
+	for _, d := range e.tree.under(dir) {
+		list = append(list, e.loader.packages(d)...)
+	}
+	return list
+}
+
+// evaluate builds one package and collects its objects and all that is wrong in it.
+func (e *evaluator) evaluate(p *pkg) *packageResult {
+	inst := e.instance(p)
+	v := e.defs.ctx.BuildInstance(inst)
+	r := &packageResult{id: p.id(), deps: p.deps}
+	if inst.Err != nil {
+		// Syntax, imports, unresolved names: nothing was evaluated.
+		r.diags = order(e.explain.errors(inst.Err, ""))
+		return r
+	}
+	w := &walker{e: e, visit: func(f found) {
+		o, diags := e.object(f)
+		r.diags = append(r.diags, diags...)
+		if len(diags) > 0 {
+			return
+		}
+		r.objects = append(r.objects, o)
+	}}
+	w.walk(v, api.Position{File: p.files[0], Line: 1})
+	r.diags = append(r.diags, w.diags...)
+	if err := v.Validate(); err != nil {
+		r.diags = append(r.diags, e.explain.rest(err, r.diags)...)
+	}
+	r.diags = order(r.diags)
+	return r
+}
+
+// object checks one struct with apiVersion and kind, and decodes it.
+func (e *evaluator) object(f found) (Object, []api.Diagnostic) {
+	pos := f.pos
+	gv, err := schema.ParseGroupVersion(f.apiVersion)
+	kind, ok := api.KindForGVK(gv.WithKind(f.kind))
+	switch {
+	case err != nil || !ok:
+		return Object{}, []api.Diagnostic{unknownKind(f, pos)}
+	case !kind.FromGit():
+		return Object{}, []api.Diagnostic{{
+			Pos: pos, Field: "kind", Message: fmt.Sprintf("objects of kind %s cannot be written in Git", f.kind),
+			Hint: "Decree makes them itself",
+		}}
+	}
+	def, err := e.defs.kind(kind)
+	if err != nil {
+		return Object{}, []api.Diagnostic{{Pos: pos, Message: err.Error()}}
+	}
+	u := def.value.Unify(f.value)
+	if err := u.Validate(cue.Concrete(true)); err != nil {
+		return Object{}, e.explain.object(kind, def, f.value, pos, err)
+	}
+	o := Object{Pos: pos, Fields: e.explain.fields(f.value, pos)}
+	if diags := e.checkRules(def, u, o, objectName(kind, f.value)); len(diags) > 0 {
+		return o, diags
+	}
+	if o.Object, err = decode(kind, u); err != nil {
+		return o, []api.Diagnostic{{Pos: pos, Object: objectName(kind, f.value), Message: err.Error()}}
+	}
+	return o, e.checkDecoded(kind, o)
+}
+
+// unknownKind says which kinds there are.
+func unknownKind(f found, pos api.Position) api.Diagnostic {
+	d := api.Diagnostic{
+		Pos: pos, Field: "kind", Message: "Decree does not serve this kind",
+		Found: fmt.Sprintf("apiVersion %q, kind %q", f.apiVersion, f.kind),
+	}
+	var names []string
+	for _, k := range api.Kinds() {
+		if !k.FromGit() {
+			continue
+		}
+		names = append(names, k.Kind)
+		if k.Kind == f.kind {
+			d.Field, d.Message = "apiVersion", "Decree serves this kind with another apiVersion"
+			d.Expected = fmt.Sprintf("apiVersion %q", k.GroupVersion())
+		}
+	}
+	if d.Expected == "" {
+		d.Expected = "one of " + strings.Join(names, ", ")
+		if n := nearest(f.kind, names); n != "" {
+			d.Hint = fmt.Sprintf("did you mean %s?", n)
+		}
+	}
+	return d
+}
+
+// kindDef is the definition of a kind.
+type kindDef struct {
+	value cue.Value
+	rules cue.Value // the definition's rules over several fields, if any
+}
+
+// kind returns the definition that validates objects of kind k.
+func (d *definitions) kind(k *api.Kind) (*kindDef, error) {
+	if def, ok := d.kinds[k.CUE]; ok {
+		return def, nil
+	}
+	importPath, name, ok := strings.Cut(k.CUE, "#")
+	inst := d.instance(importPath)
+	if !ok || inst == nil {
+		return nil, fmt.Errorf("the embedded module has no %s", k.CUE)
+	}
+	v := d.ctx.BuildInstance(inst)
+	def := &kindDef{value: v.LookupPath(cue.MakePath(cue.Def(name))), rules: v.LookupPath(cue.MakePath(cue.Def(name + "Rules")))}
+	if err := def.value.Err(); err != nil {
+		return nil, fmt.Errorf("the embedded definition %s: %s", k.CUE, errors.Details(err, nil))
+	}
+	d.kinds[k.CUE] = def
+	return def, nil
+}
+
+// objectName is `deployments.apps "shop/web"` as far as it is known.
+func objectName(kind *api.Kind, v cue.Value) string {
+	key := api.Key{Resource: kind.Resource}
+	key.Name, _ = v.LookupPath(cue.ParsePath("metadata.name")).String()
+	if kind.Namespaced {
+		key.Namespace, _ = v.LookupPath(cue.ParsePath("metadata.namespace")).String()
+		if key.Namespace == "" {
+			key.Namespace = defaultNamespace
+		}
+	}
+	if key.Name == "" {
+		return string(key.Resource)
+	}
+	return key.String()
+}
+
+// order sorts diagnostics by place and drops repetitions.
+func order(diags []api.Diagnostic) []api.Diagnostic {
+	slices.SortStableFunc(diags, func(a, b api.Diagnostic) int {
+		return compareDiagnostics(a, b)
+	})
+	return slices.Compact(diags)
+}
+
+func compareDiagnostics(a, b api.Diagnostic) int {
+	if c := strings.Compare(path.Clean(a.Pos.File), path.Clean(b.Pos.File)); c != 0 {
+		return c
+	}
+	if a.Pos.Line != b.Pos.Line {
+		return a.Pos.Line - b.Pos.Line
+	}
+	if a.Pos.Column != b.Pos.Column {
+		return a.Pos.Column - b.Pos.Column
+	}
+	if c := strings.Compare(a.Field, b.Field); c != 0 {
+		return c
+	}
+	return strings.Compare(a.Message, b.Message)
+}
