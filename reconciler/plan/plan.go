@@ -193,11 +193,9 @@ func (p *planner) emit() {
 		case it.current == nil:
 			p.add(api.Mutation{Verb: api.Create, Key: it.key, Object: it.object}, file, nil)
 		case len(it.edits) > 0:
+			// No revision: status moves on its own, other writers of the content do not
+			// exist, and the state machine keeps the binding of a Pod.
 			m := api.Mutation{Verb: api.Update, Key: it.key, Object: it.object, UID: it.current.GetUID()}
-			if it.key.Resource == api.Pods {
-				// The scheduler may bind the pod meanwhile; the plan must not undo it.
-				m.Revision = api.RevisionOf(it.current)
-			}
 			p.add(m, file, it.edits)
 		default:
 			p.out.Unchanged++

@@ -85,7 +85,7 @@ func (t *Table) SetNode(o *corev1.Node) {
 // RemoveNode forgets a node; pods that are bound to it stay counted.
 func (t *Table) RemoveNode(name string) {
 	if n := t.byName[name]; n != nil {
-		n.object, n.ready = nil, false
+		n.object, n.ready, n.allocatable = nil, false, amounts{}
 		t.tidy(n)
 	}
 }

@@ -87,7 +87,7 @@ func WhyNotReady(pod *corev1.Pod) string {
 	if pod.Status.Phase == corev1.PodFailed {
 		return phrase(orText(pod.Status.Reason, "failed"), pod.Status.Message)
 	}
-	if c := api.PodCondition(pod, corev1.PodScheduled); c != nil && c.Status == corev1.ConditionFalse {
+	if c := api.PodCondition(pod, corev1.PodScheduled); c != nil && c.Status == corev1.ConditionFalse && pod.Spec.NodeName == "" {
 		return "not placed: " + c.Message
 	}
 	probing := ""
