@@ -167,7 +167,11 @@ func (d *draft) update(m *api.Mutation, old api.Object, kind *api.Kind) *command
 	if rejection := d.mayUpdate(m, old, o); rejection != nil {
 		return rejection
 	}
-	if rejection := d.place(m.Key, old, o); rejection != nil {
+	rejection := d.place(m.Key, old, o)
+	if !d.keptFromGit(old, o) {
+		return comesFromGit(m.Key, old)
+	}
+	if rejection != nil {
 		return rejection
 	}
 	if equal(o, old) {

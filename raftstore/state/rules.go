@@ -89,8 +89,8 @@ func (d *draft) mayCreate(m *api.Mutation) *command.Rejection {
 	return nil
 }
 
-// mayUpdate decides whether old may become o. Outside a commit, an object from Git
-// may only be bound to a node.
+// mayUpdate decides whether old may become o, as far as sources go. That nothing
+// but a commit changes what comes from Git is checked by keptFromGit.
 func (d *draft) mayUpdate(m *api.Mutation, old, o api.Object) *command.Rejection {
 	if c := d.txn.Commit; c != nil {
 		if sourceOf(old) != c.Source {
@@ -98,27 +98,21 @@ func (d *draft) mayUpdate(m *api.Mutation, old, o api.Object) *command.Rejection
 		}
 		return d.ownOrigin(m)
 	}
-	if _, ok := api.OriginOf(old); ok && !sameButBinding(old, o) {
-		return comesFromGit(m.Key, old)
-	}
 	if origin, ok := api.OriginOf(o); ok && sourceOf(old) == "" {
 		return forbidden(m.Key, "only a commit of %s may take it over, %q may not", origin, d.txn.Actor)
 	}
 	return nil
 }
 
-// sameButBinding reports whether o is old, or old bound to a node. The assigned
-// fields of a Service or Node do not count when o leaves them out.
-func sameButBinding(old, o api.Object) bool {
-	o = shallow(o)
-	switch o := o.(type) {
-	case *corev1.Pod:
-		o.Spec.NodeName = old.(*corev1.Pod).Spec.NodeName
-	case *corev1.Service:
-		before := old.(*corev1.Service)
-		if o.Spec.ClusterIP == "" {
-			o.Spec.ClusterIP, o.Spec.ClusterIPs = before.Spec.ClusterIP, before.Spec.ClusterIPs
-		}
+// keptFromGit reports whether the update of old to o leaves alone what comes from
+// Git: outside a commit, an object from there may only be bound to a node.
+func (d *draft) keptFromGit(old, o api.Object) bool {
+	if d.txn.Commit != nil || sourceOf(old) == "" {
+		return true
+	}
+	if p, ok := o.(*corev1.Pod); ok {
+		o = shallow(p)
+		o.(*corev1.Pod).Spec.NodeName = old.(*corev1.Pod).Spec.NodeName
 	}
 	return equal(o, old)
 }
