@@ -26,15 +26,16 @@ func (s *Server) readView(ctx context.Context, q url.Values) (api.Reader, error)
 	if err != nil {
 		return nil, err
 	}
-	view := s.cfg.Store.View()
+	var view api.Reader = s.cfg.Store.View()
 	switch rv := q.Get("resourceVersion"); {
 	case rv == "0", rv != "" && view.Revision() >= at:
 		return view, nil
 	}
-	if view, err = s.cfg.Store.Read(ctx); err != nil {
+	newest, err := s.cfg.Store.Read(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("read state: %w", err)
 	}
-	if at > view.Revision() {
+	if view = newest; at > view.Revision() {
 		return nil, tooLargeRevision(at, view.Revision())
 	}
 	return view, nil

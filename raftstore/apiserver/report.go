@@ -148,12 +148,11 @@ func (s *Server) applyReport(ctx context.Context, node string, batch []indexed, 
 }
 
 func (s *Server) proposeReport(ctx context.Context, node string, run []indexed) error {
-	txn := &command.Txn{Key: rand.Text(), Time: time.Now().UnixMilli(), Actor: "node/" + node, Reason: "report"}
+	txn := command.Txn{Key: rand.Text(), Time: time.Now().UnixMilli(), Actor: "node/" + node, Reason: "report"}
 	for _, x := range run {
 		txn.Mutations = append(txn.Mutations, x.mutation)
 	}
-	_, err := propose(ctx, s.cfg.Store, txn)
-	return err
+	return propose(ctx, s.cfg.Store, txn)
 }
 
 // reported decodes one item and checks that a node may report it: the status of its

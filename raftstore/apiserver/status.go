@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/schemas/api"
 )
@@ -32,6 +33,10 @@ func statusOf(err error) *metav1.Status {
 		return &apierrors.NewRequestEntityTooLargeError("limit is " + strconv.FormatInt(tooLarge.Limit, 10) + " bytes").ErrStatus
 	case errors.Is(err, ErrNotFound):
 		return newStatus(http.StatusNotFound, metav1.StatusReasonNotFound, err.Error())
+	case errors.Is(err, raftstore.ErrNotLeader), errors.Is(err, raftstore.ErrClosed), errors.Is(err, raftstore.ErrLeadershipLost):
+		status := newStatus(http.StatusServiceUnavailable, metav1.StatusReasonServiceUnavailable, err.Error())
+		status.Details = &metav1.StatusDetails{RetryAfterSeconds: 1}
+		return status
 	case errors.Is(err, context.DeadlineExceeded):
 		return &apierrors.NewTimeoutError(err.Error(), 1).ErrStatus
 	case errors.Is(err, context.Canceled):

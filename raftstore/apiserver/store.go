@@ -8,7 +8,9 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/state"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -61,42 +63,18 @@ type Plan struct {
 var ErrNotFound = errors.New("not found")
 
 // propose applies txn and turns a rejection into an error.
-func propose(ctx context.Context, s Store, txn *command.Txn) (command.Result, error) {
+func propose(ctx context.Context, s Store, txn command.Txn) error {
 	res, err := s.Propose(ctx, txn)
-	if err == nil && res.Rejected != nil {
-		err = res.Rejected
+	if err != nil {
+		return err
 	}
-	return res, err
+	return res.Err()
 }
 
-// Store is what the server needs of the replicated state.
+// Store is what the server needs of the replicated state; *raftstore.Store is one.
 type Store interface {
-	// View is the newest state this server has applied.
-	View() api.Reader
-	// Read returns a state that contains everything acknowledged before the call,
-	// anywhere in the cluster.
-	Read(ctx context.Context) (api.Reader, error)
-	// Propose replicates txn and returns its result.
-	Propose(ctx context.Context, txn *command.Txn) (command.Result, error)
-	// Watch returns the changes after a revision, as the store applies them. It
-	// returns an error matching ErrCompacted if they are not kept any more.
-	Watch(ctx context.Context, after uint64, resources ...api.Resource) (Watch, error)
+	View() *state.State
+	Read(ctx context.Context) (*state.State, error)
+	Propose(ctx context.Context, txn command.Txn) (command.Result, error)
+	Watch(ctx context.Context, after uint64, filter raftstore.Filter) (*raftstore.Watch, error)
 }
-
-// Watch is a stream of changes.
-type Watch interface {
-	// Next waits for changes and returns them in order. Every change up to and
-	// including revision has been returned by then; events may be empty.
-	Next(ctx context.Context) (events []Event, revision uint64, err error)
-}
-
-// Event is the change of one object. Old is nil for a creation, New for a removal.
-type Event struct {
-	Revision uint64
-	Key      api.Key
-	Old, New api.Object
-}
-
-// ErrCompacted is matched by errors of [Store.Watch] about a revision that is too
-// old, or from the future.
-var ErrCompacted = errors.New("revision is not available")

@@ -16,6 +16,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
 
+	"decree.dev/decree/raftstore"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -111,8 +112,8 @@ func (s *Server) runWatch(ctx context.Context, out *eventWriter, sel *selector, 
 			return err
 		}
 	}
-	changes, err := s.cfg.Store.Watch(ctx, opts.after, filter.resources()...)
-	if errors.Is(err, ErrCompacted) {
+	changes, err := s.cfg.Store.Watch(ctx, opts.after, filter.store())
+	if errors.Is(err, raftstore.ErrCompacted) {
 		return out.fail(expired(fmt.Sprintf("too old resource version: %d (current: %d)", opts.after, s.cfg.Store.View().Revision())))
 	}
 	if err != nil {
@@ -124,18 +125,17 @@ func (s *Server) runWatch(ctx context.Context, out *eventWriter, sel *selector, 
 	return s.copyEvents(ctx, out, changes, filter, opts)
 }
 
-func (s *Server) copyEvents(ctx context.Context, out *eventWriter, changes Watch, filter *watchFilter, opts watchOptions) error {
-	sent := opts.after
+func (s *Server) copyEvents(ctx context.Context, out *eventWriter, changes *raftstore.Watch, filter *watchFilter, opts watchOptions) error {
 	for ctx.Err() == nil {
 		wait, cancel := context.WithTimeout(ctx, s.cfg.Bookmark)
-		events, revision, err := changes.Next(wait)
+		events, err := changes.Next(wait)
 		cancel()
 		switch {
-		case errors.Is(err, ErrCompacted):
+		case errors.Is(err, raftstore.ErrCompacted):
 			return out.fail(expired("the client is too slow: its changes are not kept any more"))
 		case err != nil && wait.Err() != nil && ctx.Err() == nil:
 			if opts.bookmarks {
-				if err := out.bookmark(sent, nil); err != nil {
+				if err := out.bookmark(changes.Progress(), nil); err != nil {
 					return err
 				}
 			}
@@ -143,13 +143,12 @@ func (s *Server) copyEvents(ctx context.Context, out *eventWriter, changes Watch
 		case err != nil:
 			return err
 		}
-		for _, e := range events {
-			filter.apply(s.cfg.Store, e, out.add)
+		for i := range events {
+			filter.apply(s.cfg.Store, &events[i], out.add)
 		}
 		if err := out.flushPending(); err != nil {
 			return err
 		}
-		sent = revision
 	}
 	return nil
 }
@@ -174,11 +173,17 @@ func newWatchFilter(sel *selector, allowed *scope) *watchFilter {
 	return f
 }
 
-func (f *watchFilter) resources() []api.Resource {
-	if f.refs != nil {
-		return []api.Resource{f.sel.t.kind.Resource, api.Pods}
+// store is the part of the filter that the store can apply. What refers to what
+// changes with every pod, so that is decided later, in order of revision.
+func (f *watchFilter) store() raftstore.Filter {
+	if f.refs == nil {
+		return raftstore.Filter{Resource: f.sel.t.kind.Resource, Namespace: f.sel.t.namespace, Name: f.sel.exact, Match: f.sel.matches}
 	}
-	return []api.Resource{f.sel.t.kind.Resource}
+	resource := f.sel.t.kind.Resource
+	return raftstore.Filter{Match: func(o api.Object) bool {
+		r := api.KindOf(o).Resource
+		return r == resource || r == api.Pods
+	}}
 }
 
 // begin learns what the pods in view refer to.
@@ -195,24 +200,31 @@ func (f *watchFilter) matches(o api.Object) bool {
 	return f.sel.matches(o) && (f.refs == nil || f.refs.count[api.KeyOf(o)] > 0)
 }
 
-// apply turns a change into what the client must be told. With a selector, a change
-// may make an object enter or leave the client's set.
-func (f *watchFilter) apply(store Store, e Event, send func(watch.EventType, api.Object)) {
-	if f.refs != nil && e.Key.Resource == api.Pods {
+// apply turns a change into what the client must be told.
+func (f *watchFilter) apply(store Store, e *raftstore.Event, send func(watch.EventType, api.Object)) {
+	switch {
+	case f.refs == nil:
+		send(watch.EventType(e.Type.String()), e.Object)
+	case e.Key.Resource == api.Pods:
 		f.applyReferences(store, e, send)
-		return
+	case f.refs.count[e.Key] == 0 || e.Revision <= f.refs.shown[e.Key]:
+		// Not referred to, or older than what was shown when the reference came.
+	default:
+		f.applySelected(e, send)
 	}
-	if f.refs != nil && e.Revision <= f.refs.shown[e.Key] {
-		return // what was shown when the reference came is newer
-	}
-	before, after := e.Old != nil && f.matches(e.Old), e.New != nil && f.matches(e.New)
+}
+
+// applySelected makes up for the selector, which the store was not given.
+func (f *watchFilter) applySelected(e *raftstore.Event, send func(watch.EventType, api.Object)) {
+	after := e.Type != raftstore.Deleted && f.sel.matches(e.Object)
+	before := e.Previous != nil && f.sel.matches(e.Previous)
 	switch {
 	case before && after:
-		send(watch.Modified, e.New)
+		send(watch.Modified, e.Object)
 	case after:
-		send(watch.Added, e.New)
+		send(watch.Added, e.Object)
 	case before:
-		gone := api.Clone(e.Old)
+		gone := api.Clone(e.Previous)
 		gone.SetResourceVersion(strconv.FormatUint(e.Revision, 10))
 		send(watch.Deleted, gone)
 	}
@@ -220,9 +232,12 @@ func (f *watchFilter) apply(store Store, e Event, send func(watch.EventType, api
 
 // applyReferences shows objects that a node's pods begin to refer to, and withdraws
 // those that none does any more.
-func (f *watchFilter) applyReferences(store Store, e Event, send func(watch.EventType, api.Object)) {
-	oldPod, _ := e.Old.(*corev1.Pod)
-	newPod, _ := e.New.(*corev1.Pod)
+func (f *watchFilter) applyReferences(store Store, e *raftstore.Event, send func(watch.EventType, api.Object)) {
+	oldPod, _ := e.Previous.(*corev1.Pod)
+	newPod, _ := e.Object.(*corev1.Pod)
+	if e.Type == raftstore.Deleted {
+		newPod = nil
+	}
 	for key, now := range f.refs.change(oldPod, newPod) {
 		if key.Resource != f.sel.t.kind.Resource {
 			continue

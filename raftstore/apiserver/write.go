@@ -104,7 +104,7 @@ func (s *Server) deletePod(w http.ResponseWriter, r *http.Request, t target, who
 			}
 		}
 	}
-	_, err = propose(r.Context(), s.cfg.Store, &command.Txn{
+	err = propose(r.Context(), s.cfg.Store, command.Txn{
 		Key: rand.Text(), Time: time.Now().UnixMilli(), Actor: who.Actor(), Reason: "delete pod", Mutations: []api.Mutation{m},
 	})
 	if err != nil {
