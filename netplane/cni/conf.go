@@ -165,3 +165,22 @@ func writeFile(path string, b []byte) error {
 	}
 	return os.Rename(tmp, path)
 }
+
+// Plugins returns the plugins that the configuration in force needs, or would need
+// once there is one, and the user's file when that is it.
+func (n *Networks) Plugins() (names []string, file string, err error) {
+	if file, err = n.cfg.userConf(); err != nil || file == "" {
+		return []string{"ptp", "host-local"}, "", err
+	}
+	list, err := n.network()
+	if err != nil {
+		return nil, file, err
+	}
+	for _, p := range list.Plugins {
+		names = append(names, p.Network.Type)
+		if t := p.Network.IPAM.Type; t != "" {
+			names = append(names, t)
+		}
+	}
+	return names, file, nil
+}

@@ -29,11 +29,11 @@ const (
 
 // Config is what a Server needs. Zero fields have working defaults.
 type Config struct {
-	// ResolvConf lists the upstreams; empty: there are none.
+	// ResolvConf is the file that lists the upstreams.
 	ResolvConf string
 	// Dial opens connections to upstreams.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
-	// Upstreams are used as well as those of ResolvConf, as address:port.
+	// Upstreams, as address:port, are used when ResolvConf is empty.
 	Upstreams []string
 	// Registerer takes the metrics; nil: they go nowhere.
 	Registerer prometheus.Registerer

@@ -160,15 +160,8 @@ func address(name string, a, peer netip.Addr) error {
 // source address".
 func (l *Lab) serve(t testing.TB, h Host) {
 	t.Helper()
+	ServeTCP(t, l.Path[h], TCPPort, SecondPort)
 	In(t, l.Path[h], func() error {
-		for _, port := range []int{TCPPort, SecondPort} {
-			ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
-			if err != nil {
-				return err
-			}
-			t.Cleanup(func() { ln.Close() })
-			go serveTCP(ln)
-		}
 		for _, n := range Nets {
 			pc, err := net.ListenPacket("udp", netip.AddrPortFrom(n.Addr[h], UDPPort).String())
 			if err != nil {
@@ -176,6 +169,23 @@ func (l *Lab) serve(t testing.TB, h Host) {
 			}
 			t.Cleanup(func() { pc.Close() })
 			go serveUDP(pc)
+		}
+		return nil
+	})
+}
+
+// ServeTCP answers connections in a network namespace with "own address, source
+// address", for the time of the test.
+func ServeTCP(t testing.TB, path string, ports ...int) {
+	t.Helper()
+	In(t, path, func() error {
+		for _, port := range ports {
+			ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { ln.Close() })
+			go serveTCP(ln)
 		}
 		return nil
 	})

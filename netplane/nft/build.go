@@ -1,9 +1,13 @@
 package nft
 
 import (
+	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
+	"os"
 	"slices"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -141,4 +145,26 @@ func (s *Services) collect(want *render.Table) {
 
 func sortServices(ss []render.Service) {
 	slices.SortFunc(ss, func(a, b render.Service) int { return a.Compare(b.Port) })
+}
+
+// Probe finds out whether the kernel has all that a table needs, in the network
+// namespace of the calling thread, by making one under a name that nobody has.
+func Probe() error {
+	s, err := New(fmt.Sprintf("decree-probe-%d", os.Getpid()), slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	t := s.table(ip4)
+	err = s.build(ip4)
+	if err == nil {
+		for _, affinity := range []time.Duration{0, time.Hour} {
+			c := ip4.balancerChain(2, affinity)
+			err = errors.Join(err, s.addChain(ip4, t, &c))
+		}
+		if err == nil {
+			err = s.conn.Flush()
+		}
+		err = errors.Join(err, s.dropTable(ip4))
+	}
+	return errors.Join(err, s.Close())
 }
