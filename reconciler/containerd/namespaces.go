@@ -14,6 +14,11 @@ import (
 	corev1 "k8s.io/api/core/v1"
 )
 
+const (
+	shmName = "shm"
+	shmSize = 64 << 20 // the kubelet's
+)
+
 var cloneFlags = map[string]int{"net": unix.CLONE_NEWNET, "ipc": unix.CLONE_NEWIPC, "uts": unix.CLONE_NEWUTS}
 
 // makeNamespaces unshares the sandbox's namespaces on a thread of their own and
@@ -76,6 +81,21 @@ func unshareOnThread(dir, hostname string, kinds []string, sysctls map[string]st
 		if err := unix.Mount("/proc/thread-self/ns/"+kind, path, "", unix.MS_BIND, ""); err != nil {
 			return fmt.Errorf("mount %s namespace on %s: %w", kind, path, err)
 		}
+	}
+	if slices.Contains(kinds, "ipc") {
+		return mountShm(filepath.Join(dir, shmName))
+	}
+	return nil
+}
+
+// mountShm makes the pod's shared memory: POSIX shared memory is a file system, which
+// the IPC namespace does not carry along.
+func mountShm(path string) error {
+	if err := os.Mkdir(path, 0o711); err != nil {
+		return err
+	}
+	if err := unix.Mount("shm", path, "tmpfs", unix.MS_NOSUID|unix.MS_NOEXEC|unix.MS_NODEV, fmt.Sprintf("mode=1777,size=%d", shmSize)); err != nil {
+		return fmt.Errorf("mount shared memory on %s: %w", path, err)
 	}
 	return nil
 }

@@ -16,8 +16,6 @@ import (
 	"decree.dev/decree/reconciler/agent"
 )
 
-const shmSize = 64 << 20
-
 // spec builds the OCI description of a container.
 func (r *Runtime) spec(ctx context.Context, id string, cfg agent.ContainerConfig, rec sandboxRecord, img *imageInfo) (*oci.Spec, error) {
 	args, err := processArgs(cfg, img)
@@ -54,7 +52,11 @@ func (r *Runtime) spec(ctx context.Context, id string, cfg agent.ContainerConfig
 	}
 	opts = append(opts, r.namespaceOpts(cfg, rec)...)
 	opts = append(opts, r.resourceOpts(cfg)...)
-	opts = append(opts, withMounts(cfg.Mounts))
+	shm := "/dev/shm"
+	if !rec.HostIPC {
+		shm = r.nsPath(rec.UID, shmName)
+	}
+	opts = append(opts, withMounts(shm, cfg.Mounts))
 	security, err := securityOpts(cfg)
 	if err != nil {
 		return nil, err
@@ -163,17 +165,19 @@ func oomScore(pod *corev1.Pod, c *corev1.Container) int {
 
 // withMounts adds the agent's mounts to the default ones. A mount over a default one
 // replaces it.
-func withMounts(mounts []agent.Mount) oci.SpecOpts {
+func withMounts(shm string, mounts []agent.Mount) oci.SpecOpts {
 	return func(_ context.Context, _ oci.Client, _ *containers.Container, s *oci.Spec) error {
 		taken := map[string]bool{"/run": true} // the image's own /run, not a tmpfs
 		for _, m := range mounts {
 			taken[filepath.Clean(m.ContainerPath)] = true
 		}
-		s.Mounts = slices.DeleteFunc(s.Mounts, func(m specs.Mount) bool { return taken[filepath.Clean(m.Destination)] })
-		for i := range s.Mounts {
-			if s.Mounts[i].Destination == "/dev/shm" {
-				s.Mounts[i].Options = []string{"nosuid", "noexec", "nodev", "mode=1777", fmt.Sprintf("size=%d", shmSize)}
-			}
+		s.Mounts = slices.DeleteFunc(s.Mounts, func(m specs.Mount) bool {
+			return taken[filepath.Clean(m.Destination)] || m.Destination == "/dev/shm"
+		})
+		if !taken["/dev/shm"] {
+			s.Mounts = append(s.Mounts, specs.Mount{
+				Destination: "/dev/shm", Type: "bind", Source: shm, Options: []string{"rbind", "rprivate", "rw"},
+			})
 		}
 		s.Mounts = append(s.Mounts, specs.Mount{
 			Destination: "/sys/fs/cgroup", Type: "cgroup", Source: "cgroup", Options: []string{"nosuid", "noexec", "nodev", "relatime", "ro"},
