@@ -80,6 +80,7 @@ func Plan(in Input) ChangeSet {
 	p.collect()
 	p.collectDeletions()
 	p.checkNamespaces()
+	p.checkSources()
 	for _, it := range p.items {
 		p.compare(it)
 	}

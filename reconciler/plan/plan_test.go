@@ -2,6 +2,7 @@ package plan_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -383,6 +384,43 @@ func TestPlanNamespaceInUse(t *testing.T) {
 	out = plan.Plan(plan.Input{Source: source("shop"), Commit: "c2", Desired: keep, Current: w.reader()})
 	if got := text(t, out); !strings.Contains(got, "bank.cue:7") || !strings.HasPrefix(got, "ns.cue:1: ") {
 		t.Error(got)
+	}
+}
+
+func TestPlanSourceInUse(t *testing.T) {
+	w := newWorld()
+	keep := want("k.cue", 1, configMap("k", "x"))
+	commit(t, w, "c1", keep, want("s.cue", 4, source("bank")))
+	theirs := configMap("theirs", "x")
+	theirs.Namespace = "default"
+	api.Origin{Source: "bank", Commit: "abcdef0123", Pos: at("bank.cue", 7)}.Set(theirs)
+	w.apply(api.Mutation{Verb: api.Create, Key: api.KeyOf(theirs), Object: theirs})
+	in := plan.Input{Source: source("shop"), Commit: "c2", Desired: []plan.Desired{keep}, Current: w.reader()}
+	if got := text(t, plan.Plan(in)); !strings.HasPrefix(got, `s.cue:4: sources.decree.dev "bank": the source would be deleted while 1 of its objects are in force`) {
+		t.Error(got)
+	}
+	delete(w.objects, api.KeyOf(theirs))
+	in.Current = w.reader()
+	if out := plan.Plan(in); len(out.Mutations) != 1 {
+		t.Error(text(t, out))
+	}
+}
+
+// TestChangeSetAsJSON: what a dry run sends over the wire renders the same.
+func TestChangeSetAsJSON(t *testing.T) {
+	w := newWorld()
+	commit(t, w, "c1", want("a.cue", 1, configMap("m", "x")))
+	c := plan.Plan(plan.Input{Source: source("shop"), Commit: "c2", Desired: []plan.Desired{want("a.cue", 1, configMap("m", "y"))}, Current: w.reader()})
+	raw, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var back plan.ChangeSet
+	if err := json.Unmarshal(raw, &back); err != nil {
+		t.Fatal(err)
+	}
+	if a, b := text(t, c), text(t, back); a != b || !strings.Contains(a, "data.key: x → y") {
+		t.Errorf("%s\n%s", a, b)
 	}
 }
 

@@ -120,6 +120,38 @@ func (p *planner) checkForeignObjects(deleted map[string]api.Object) {
 	}
 }
 
+// checkSources refuses to delete Sources whose objects are in force: nobody could
+// change or remove those any more.
+func (p *planner) checkSources() {
+	deleted, inForce := map[string]api.Object{}, map[string]int{}
+	for _, o := range p.deleting {
+		if api.KeyOf(o).Resource == api.Sources {
+			deleted[o.GetName()] = o
+		}
+	}
+	if len(deleted) == 0 {
+		return
+	}
+	for _, kind := range api.Kinds() {
+		for o := range p.Current.List(kind.Resource, "") {
+			if origin, ok := api.OriginOf(o); ok {
+				inForce[origin.Source]++
+			}
+		}
+	}
+	for name, o := range deleted {
+		if inForce[name] == 0 {
+			continue
+		}
+		origin, _ := api.OriginOf(o)
+		p.out.Refusals = append(p.out.Refusals, api.Diagnostic{
+			Pos: origin.Pos, Object: api.KeyOf(o).String(),
+			Message: fmt.Sprintf("the source would be deleted while %d of its objects are in force", inForce[name]),
+			Hint:    "remove the objects from that repository first, or set suspend in the Source to stop following it",
+		})
+	}
+}
+
 // checkBudget refuses commits that delete more than the source allows.
 func (p *planner) checkBudget() {
 	n := len(p.deleting)

@@ -177,7 +177,7 @@ func TestEndpointsStayWhereTheyAre(t *testing.T) {
 		for k, o := range w.objects {
 			v.objects[k] = o
 		}
-		for range 5 {
+		for range 2 {
 			for range rapid.IntRange(1, 150).Draw(t, "changes") {
 				i := rapid.IntRange(0, 399).Draw(t, "pod")
 				key := api.Key{Resource: api.Pods, Namespace: "default", Name: fmt.Sprintf("p%03d", i)}

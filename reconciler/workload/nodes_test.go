@@ -111,6 +111,32 @@ func TestNodesGoSilentAndComeBack(t *testing.T) {
 	}
 }
 
+func TestTheFirstTaintThatIsNotToleratedCounts(t *testing.T) {
+	w := newWorld(t)
+	n := readyNode("n1")
+	at := metav1.NewTime(w.now)
+	n.Spec.Taints = []corev1.Taint{
+		{Key: "slow", Effect: corev1.TaintEffectNoExecute, TimeAdded: &at}, {Key: "fast", Effect: corev1.TaintEffectNoExecute, TimeAdded: &at},
+	}
+	w.put(n)
+	tolerate := func(seconds map[string]int64) func(*corev1.Pod) {
+		return func(p *corev1.Pod) {
+			for key, s := range seconds {
+				p.Spec.Tolerations = append(p.Spec.Tolerations, corev1.Toleration{Key: key, Operator: corev1.TolerationOpExists, TolerationSeconds: &s})
+			}
+		}
+	}
+	w.put(backend("both", "10.98.0.1", true, tolerate(map[string]int64{"slow": 100, "fast": 20})))
+	w.put(backend("none", "10.98.0.2", true))
+	if _, wait := w.stepNodes(nil); wait != 20*time.Second || w.pod("none").DeletionTimestamp == nil || w.pod("both").DeletionTimestamp != nil {
+		t.Errorf("again in %v, want 20s; the pod without toleration goes at once", wait)
+	}
+	w.now = w.now.Add(20 * time.Second)
+	if w.stepNodes(nil); w.pod("both").DeletionTimestamp == nil {
+		t.Error("the shorter toleration does not count")
+	}
+}
+
 func TestGarbage(t *testing.T) {
 	w := newWorld(t)
 	w.put(readyNode("n1"))
@@ -196,7 +222,9 @@ func TestWhyNotReady(t *testing.T) {
 			p.Spec.NodeName = ""
 			p.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Message: "0 of 1 nodes: 1 is cordoned"}}
 		}, "not placed: 0 of 1 nodes: 1 is cordoned"},
-		"failed": {func(p *corev1.Pod) { p.Status.Phase, p.Status.Reason, p.Status.Message = corev1.PodFailed, "Evicted", "no disk" }, "Evicted: no disk"},
+		"failed": {func(p *corev1.Pod) {
+			p.Status.Phase, p.Status.Reason, p.Status.Message = corev1.PodFailed, "Evicted", "no disk"
+		}, "Evicted: no disk"},
 	} {
 		if got := workload.WhyNotReady(backend("p", "10.98.0.1", false, c.change)); got != c.want {
 			t.Errorf("%s: %q, want %q", name, got, c.want)
