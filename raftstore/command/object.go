@@ -3,6 +3,7 @@ package command
 import (
 	"errors"
 	"fmt"
+	"reflect"
 
 	"k8s.io/apimachinery/pkg/runtime/serializer/cbor/direct"
 
@@ -38,6 +39,9 @@ var ErrMalformed = errors.New("malformed")
 // It panics if the Go type of o is not registered.
 func AppendObject(b []byte, o api.Object) ([]byte, error) {
 	kind := api.KindOf(o)
+	if reflect.ValueOf(o).IsNil() {
+		return nil, fmt.Errorf("encode an object of %s: it is nil", kind.Resource)
+	}
 	b = appendString(b, string(kind.Resource))
 	if p, ok := o.(protobuf); ok {
 		return appendProtobuf(append(b, codecProtobuf), o, p)
