@@ -5,6 +5,7 @@ import (
 	"net/http"
 	goruntime "runtime"
 	"slices"
+	"strings"
 
 	"google.golang.org/protobuf/encoding/protowire"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -138,7 +139,7 @@ func subresources(k *api.Kind) []metav1.APIResource {
 // it before it sends a write, which is then refused with the place in Git. The
 // types are described by the CUE definitions.
 func (s *Server) serveOpenAPIv2(w http.ResponseWriter, r *http.Request) {
-	const proto = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf"
+	const proto = "application/com.github.proto-openapi.spec.v2@v1.0+protobuf" // not a valid media type, but what clients ask for
 	if !accepts(r, proto) {
 		writeJSON(w, http.StatusOK, map[string]any{"swagger": "2.0", "info": map[string]string{"title": "Decree", "version": s.openAPIVersion()}, "paths": map[string]any{}})
 		return
@@ -150,7 +151,7 @@ func (s *Server) serveOpenAPIv2(w http.ResponseWriter, r *http.Request) {
 	doc = protowire.AppendString(protowire.AppendTag(doc, 1, protowire.BytesType), "2.0")
 	doc = protowire.AppendBytes(protowire.AppendTag(doc, 2, protowire.BytesType), info)
 	doc = protowire.AppendBytes(protowire.AppendTag(doc, 8, protowire.BytesType), nil)
-	w.Header().Set("Content-Type", proto)
+	w.Header().Set("Content-Type", strings.Replace(proto, "@", ".", 1))
 	_, _ = w.Write(doc)
 }
 

@@ -29,18 +29,13 @@ func (s *Server) openSPDY(ctx context.Context, w http.ResponseWriter, r *http.Re
 	if err != nil {
 		return nil, err // the handshake has answered
 	}
-	streams := make(chan httpstream.Stream)
+	streams := make(chan newStream, maxStreams)
 	conn := spdy.NewResponseUpgraderWithPings(pingEvery).UpgradeResponse(w, r, func(st httpstream.Stream, replied <-chan struct{}) error {
-		select {
-		case <-replied: // streams are usable after the reply
-		case <-ctx.Done():
-			return ctx.Err()
-		}
-		select {
-		case streams <- st:
+		select { // the reply is sent when this function returns
+		case streams <- newStream{st, replied}:
 			return nil
-		case <-ctx.Done():
-			return ctx.Err()
+		default:
+			return fmt.Errorf("more than %d streams", maxStreams)
 		}
 	})
 	if conn == nil {
@@ -53,6 +48,15 @@ func (s *Server) openSPDY(ctx context.Context, w http.ResponseWriter, r *http.Re
 	}
 	return spdySession(protocol, conn, byType), nil
 }
+
+// newStream is a stream that is usable once the client was told so.
+type newStream struct {
+	httpstream.Stream
+	replied <-chan struct{}
+}
+
+// maxStreams is how many streams a client may have opened that were not looked at.
+const maxStreams = 8
 
 func wantedStreams(protocol string, opts *corev1.PodExecOptions) int {
 	n := 1 // the error stream
@@ -68,14 +72,18 @@ func resizable(protocol string) bool {
 	return protocol == remotecommand.StreamProtocolV3Name || protocol == remotecommand.StreamProtocolV4Name
 }
 
-func collectStreams(ctx context.Context, conn httpstream.Connection, streams <-chan httpstream.Stream, want int) (map[string]httpstream.Stream, error) {
+func collectStreams(ctx context.Context, conn httpstream.Connection, streams <-chan newStream, want int) (map[string]httpstream.Stream, error) {
 	timeout := time.NewTimer(remotecommand.DefaultStreamCreationTimeout)
 	defer timeout.Stop()
 	got := map[string]httpstream.Stream{}
 	for len(got) < want {
 		select {
 		case st := <-streams:
-			got[st.Headers().Get(corev1.StreamType)] = st
+			select {
+			case <-st.replied:
+				got[st.Headers().Get(corev1.StreamType)] = st.Stream
+			case <-conn.CloseChan():
+			}
 		case <-timeout.C:
 			return nil, fmt.Errorf("the client opened %d of %d streams", len(got), want)
 		case <-conn.CloseChan():

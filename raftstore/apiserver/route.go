@@ -165,6 +165,9 @@ func (s *Server) serveSubresource(w http.ResponseWriter, r *http.Request, t targ
 	if t.kind.GroupVersionKind.Group == api.GroupVersion.Group {
 		return s.serveDecree(w, r, t, who)
 	}
+	if r.Method != http.MethodGet { // "scale" and its like change desired state too
+		return refuseWrite(s.cfg.Store.View(), t)
+	}
 	return notServed(t.kind.GroupVersion(), t.kind.Plural+"/"+t.subresource)
 }
 
