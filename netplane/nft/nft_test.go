@@ -1,4 +1,4 @@
-package nft
+package nft_test
 
 import (
 	"errors"
@@ -15,6 +15,7 @@ import (
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/netplanetest"
 	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/netplane/nft"
 	"decree.dev/decree/netplane/render"
 )
 
@@ -28,7 +29,7 @@ type kernel struct {
 
 func (k *kernel) Services() (s netplane.Services, err error) {
 	err = netspace.Do(k.Path[netplanetest.Node], func() error {
-		n, err := New("", slog.New(slog.DiscardHandler))
+		n, err := nft.New("", slog.New(slog.DiscardHandler))
 		if err == nil {
 			k.t.Cleanup(func() { n.Close() })
 		}
@@ -51,15 +52,14 @@ func (k *kernel) in(fn func(c *nftables.Conn) error) error {
 // Tamper deletes one endpoint of a service.
 func (k *kernel) Tamper(p render.Port) error {
 	return k.in(func(c *nftables.Conn) error {
-		f := familyOf(p.Addr)
-		t := &nftables.Table{Name: DefaultTable, Family: f.nf}
-		es, err := c.GetSetElements(f.set(t, endpoints))
+		set := nft.EndpointSet(p.Addr)
+		es, err := c.GetSetElements(set)
 		if err != nil {
 			return err
 		}
 		for _, e := range es {
-			if string(e.Key[4:]) == string(appendPort(nil, p)) {
-				return c.SetDeleteElements(f.set(t, endpoints), []nftables.SetElement{{Key: e.Key}})
+			if string(e.Key[4:]) == nft.PortKey(p) {
+				return c.SetDeleteElements(set, []nftables.SetElement{{Key: e.Key}})
 			}
 		}
 		return fmt.Errorf("no endpoint of %s", p)
@@ -121,7 +121,7 @@ func TestListed(t *testing.T) {
 			return err
 		})
 		t.Logf("%s", out)
-		for _, want := range []string{"table " + familyOf(n.Service(1)).name + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : goto lb_3"} {
+		for _, want := range []string{"table " + map[bool]string{true: "ip", false: "ip6"}[n.Service(1).Is4()] + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : goto lb_3"} {
 			if !strings.Contains(string(out), want) {
 				t.Errorf("%q is not in the listing", want)
 			}
