@@ -269,6 +269,11 @@ func (r *Runtime) removeContainer(ctx context.Context, c containers.Container, m
 	if err := r.removeTask(ctx, c.ID); err != nil {
 		return err
 	}
+	// Nothing when the task was deleted; what is left after the death of a shim
+	// otherwise.
+	if err := removeCgroup(r.containerCgroup(m.pod, c.ID)); err != nil {
+		return err
+	}
 	if err := r.pumps.finish(m); err != nil {
 		return fmt.Errorf("finish log: %w", err)
 	}

@@ -159,7 +159,7 @@ func (r *Runtime) recordExit(ctx context.Context, c containers.Container, m meta
 	_, startedAt := r.cfg.logPaths(m).started()
 	data, err := json.Marshal(exitRecord{
 		Code: int32(task.ExitStatus), At: task.ExitedAt.AsTime(), StartedAt: startedAt,
-		OOM: task.ExitStatus != 0 && oomKills(r.podCgroup(m.pod)+"/"+c.ID) > 0,
+		OOM: task.ExitStatus != 0 && oomKills(r.containerCgroup(m.pod, c.ID)) > 0,
 	})
 	if err != nil {
 		return err

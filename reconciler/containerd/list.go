@@ -165,13 +165,16 @@ func (r *Runtime) observe(ctx context.Context, c containers.Container, m meta, t
 	}
 	out.StartedAt = startedAt
 	switch {
+	case task == nil && begun && populated(r.containerCgroup(m.pod, c.ID)):
+		// Its shim has died, and containerd has not yet killed what it left behind.
+		out.State = agent.Running
 	case task == nil && begun:
 		out.State, out.ExitCode = agent.Exited, lostExitCode
 	case task == nil || task.Status == tasktypes.Status_CREATED:
 		out.StartedAt = time.Time{}
 	case task.Status == tasktypes.Status_STOPPED:
 		out.State, out.ExitCode, out.FinishedAt = agent.Exited, int32(task.ExitStatus), task.ExitedAt.AsTime()
-		out.OOMKilled = task.ExitStatus != 0 && oomKills(r.podCgroup(m.pod)+"/"+c.ID) > 0
+		out.OOMKilled = task.ExitStatus != 0 && oomKills(r.containerCgroup(m.pod, c.ID)) > 0
 		r.reapLater(c.ID)
 	default:
 		out.State, out.Pid = agent.Running, task.Pid
