@@ -5,7 +5,6 @@ package agent
 
 import (
 	"context"
-	"errors"
 	"io"
 	"net/netip"
 	"time"
@@ -41,9 +40,6 @@ type Network interface {
 	// Attached lists the pods that hold network resources, for garbage collection.
 	Attached(ctx context.Context) ([]types.UID, error)
 }
-
-// ErrNotFound matches the errors of a Runtime about what does not exist.
-var ErrNotFound = errors.New("not found")
 
 // Runtime runs sandboxes and containers. All methods are idempotent and return an
 // error matching ErrNotFound for what does not exist. A lost connection is an
@@ -93,7 +89,10 @@ type Sandbox struct {
 	Namespace, Name string
 	NetNS           string // path of the network namespace; "" with host network
 	CreatedAt       time.Time
-	Containers      []Container
+	// Lost is set when the namespaces are gone, as after a restart of the machine.
+	// CreateSandbox makes them anew; the containers have ended with them.
+	Lost       bool
+	Containers []Container
 }
 
 // ContainerState is the state of one container.
