@@ -59,7 +59,8 @@ type Runtime struct {
 type pod struct {
 	sandbox    agent.Sandbox
 	containers []*container
-	logs       map[string][]logged // by container name
+	logs       map[string][]logged   // by container name
+	newest     map[string]*container // by name; removed ones too
 }
 
 type logged struct {
@@ -187,7 +188,7 @@ func (r *Runtime) CreateSandbox(ctx context.Context, cfg agent.SandboxConfig) (a
 		return p.sandbox, nil
 	}
 	if !ok {
-		p = &pod{logs: map[string][]logged{}}
+		p = &pod{logs: map[string][]logged{}, newest: map[string]*container{}}
 		r.pods[cfg.Pod.UID] = p
 	}
 	p.sandbox = agent.Sandbox{UID: cfg.Pod.UID, Namespace: cfg.Pod.Namespace, Name: cfg.Pod.Name, CreatedAt: time.Now()}
@@ -239,6 +240,9 @@ func (r *Runtime) CreateContainer(ctx context.Context, cfg agent.ContainerConfig
 		c.program = r.Program(cfg)
 	}
 	p.containers = append(p.containers, c)
+	if n := p.newest[c.Name]; n == nil || n.Attempt < c.Attempt {
+		p.newest[c.Name] = c
+	}
 	r.calls = append(r.calls, fmt.Sprintf("CreateContainer %s-%d", c.Name, c.Attempt))
 	r.notify()
 	return id, nil
@@ -363,7 +367,7 @@ func (r *Runtime) SignalContainer(ctx context.Context, id string, signal int) er
 		return err
 	}
 	if c.State != agent.Running {
-		return fmt.Errorf("signal container %s: it does not run: %w", id, agent.ErrNotFound)
+		return nil
 	}
 	r.calls = append(r.calls, fmt.Sprintf("Signal %d %s-%d", signal, c.Name, c.Attempt))
 	switch {
@@ -465,7 +469,7 @@ func (r *Runtime) Logs(ctx context.Context, uid types.UID, name string, opts age
 	if opts.LimitBytes > 0 && int64(len(text)) > opts.LimitBytes {
 		text = text[:opts.LimitBytes]
 	}
-	if _, err := io.WriteString(w, text); err != nil {
+	if _, err := w.Write([]byte(text)); err != nil {
 		return err
 	}
 	if opts.Follow && !opts.Previous {
@@ -479,13 +483,8 @@ func (r *Runtime) Logs(ctx context.Context, uid types.UID, name string, opts age
 }
 
 func (p *pod) latest(name string) (*container, bool) {
-	var found *container
-	for _, c := range p.containers {
-		if c.Name == name && (found == nil || c.Attempt > found.Attempt) {
-			found = c
-		}
-	}
-	return found, found != nil
+	c, ok := p.newest[name]
+	return c, ok
 }
 
 // Container returns the newest attempt of a container.
