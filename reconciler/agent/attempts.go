@@ -25,11 +25,11 @@ const (
 )
 
 // attempts are the runs of one container that matter: the newest and the one
-// before. A ghost is an attempt known from the pod's status only: the runtime has
-// lost it, with a reboot for instance.
+// before. They are stale when the current one ended with an earlier sandbox (a
+// restart of the machine), or is known from the pod's status only.
 type attempts struct {
 	current, previous *Container
-	ghost             bool
+	stale             bool
 }
 
 // nextAttempt is the number of the attempt after the current one.
@@ -46,7 +46,7 @@ func attemptsByName(pod *corev1.Pod, sandbox *Sandbox) map[string]attempts {
 	for _, c := range allContainers(pod) {
 		byName[c.Name] = attempts{}
 	}
-	if sandbox != nil && !sandboxLost(pod, sandbox) {
+	if sandbox != nil {
 		for i := range sandbox.Containers {
 			c := &sandbox.Containers[i]
 			a, known := byName[c.Name]
@@ -56,6 +56,7 @@ func attemptsByName(pod *corev1.Pod, sandbox *Sandbox) map[string]attempts {
 			switch {
 			case a.current == nil || c.Attempt > a.current.Attempt:
 				a.current, a.previous = c, a.current
+				a.stale = isStale(sandbox, c)
 			case a.previous == nil || c.Attempt > a.previous.Attempt:
 				a.previous = c
 			}
@@ -65,7 +66,7 @@ func attemptsByName(pod *corev1.Pod, sandbox *Sandbox) map[string]attempts {
 	for name, a := range byName {
 		if a.current == nil {
 			if g := ghostOf(pod, name); g != nil {
-				byName[name] = attempts{current: g, ghost: true}
+				byName[name] = attempts{current: g, stale: true}
 			}
 		}
 	}
@@ -106,11 +107,11 @@ type restart struct {
 // min or a changed definition starts over.
 func restartOf(now time.Time, pod *corev1.Pod, c *corev1.Container, init bool, a attempts, local LocalState) restart {
 	dead := a.current
-	if !restarts(pod, c, init, dead, a.ghost) {
+	if !restarts(pod, c, init, dead, a.stale) {
 		return restart{}
 	}
 	ran := dead.FinishedAt.Sub(dead.StartedAt)
-	if a.ghost || dead.Hash != local.Hashes[c.Name] || ran >= backoffReset {
+	if a.stale || dead.Hash != local.Hashes[c.Name] || ran >= backoffReset {
 		return restart{again: true, streak: 1}
 	}
 	streak, known := local.Streaks[dead.ID]
@@ -136,8 +137,8 @@ func crashDelay(streak int) time.Duration {
 }
 
 // restarts applies the restart policy.
-func restarts(pod *corev1.Pod, c *corev1.Container, init bool, dead *Container, ghost bool) bool {
-	if ghost && init {
+func restarts(pod *corev1.Pod, c *corev1.Container, init bool, dead *Container, stale bool) bool {
+	if stale && init {
 		return true // a new sandbox is initialized anew
 	}
 	if isSidecar(c) && init {
@@ -166,10 +167,10 @@ func outcome(now time.Time, pod *corev1.Pod, byName map[string]attempts, local L
 	}
 	exited := func(c *corev1.Container, init bool) (final, ok bool) {
 		a := byName[c.Name]
-		if a.current == nil || a.current.State != Exited || restarts(pod, c, init, a.current, a.ghost) {
+		if a.current == nil || a.current.State != Exited || restarts(pod, c, init, a.current, a.stale) {
 			return false, false
 		}
-		if _, spec := local.Hashes[c.Name]; spec && !a.ghost && !init && a.current.Hash != local.Hashes[c.Name] {
+		if _, spec := local.Hashes[c.Name]; spec && !a.stale && !init && a.current.Hash != local.Hashes[c.Name] {
 			return false, false // a changed definition is a new chance
 		}
 		return true, a.current.ExitCode == 0
@@ -200,9 +201,8 @@ func deadlineExceeded(now time.Time, pod *corev1.Pod) bool {
 	return d != nil && start != nil && now.Sub(start.Time) >= time.Duration(*d)*time.Second
 }
 
-// sandboxLost reports that the runtime remembers the sandbox but its namespaces
-// are gone.
-func sandboxLost(pod *corev1.Pod, s *Sandbox) bool { return s.NetNS == "" && !pod.Spec.HostNetwork }
+// isStale reports that a container belongs to namespaces that are no more.
+func isStale(s *Sandbox, c *Container) bool { return s.Lost || c.CreatedAt.Before(s.CreatedAt) }
 
 func isSidecar(c *corev1.Container) bool {
 	return c.RestartPolicy != nil && *c.RestartPolicy == corev1.ContainerRestartPolicyAlways

@@ -10,11 +10,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/google/go-containerregistry/pkg/name"
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
@@ -169,10 +169,6 @@ func (j *job) attach(ctx context.Context) stepResult {
 func (j *job) pull(ctx context.Context) stepResult {
 	c := containerSpec(j.pod, j.step.Container)
 	r := stepResult{image: c.Image}
-	if _, err := name.ParseReference(c.Image); err != nil {
-		r.err = &waitingError{reasonInvalidImageName, fmt.Errorf("image %q: %w", c.Image, err)}
-		return r
-	}
 	ctx, cancel := context.WithTimeout(ctx, pullTimeout)
 	defer cancel()
 	select {
@@ -188,9 +184,6 @@ func (j *job) pull(ctx context.Context) stepResult {
 	})
 	defer slow.Stop()
 	r.ref, r.err = j.agent.cfg.Runtime.PullImage(ctx, c.Image, policy, registryAuth(j.pod, j.view))
-	if r.err != nil && policy == corev1.PullNever {
-		r.err = &waitingError{reasonErrImageNeverPull, r.err}
-	}
 	return r
 }
 
@@ -199,10 +192,9 @@ func pullPolicy(c *corev1.Container) corev1.PullPolicy {
 	if c.ImagePullPolicy != "" {
 		return c.ImagePullPolicy
 	}
-	if ref, err := name.ParseReference(c.Image); err == nil {
-		if tag, ok := ref.(name.Tag); ok && tag.TagStr() == name.DefaultTag {
-			return corev1.PullAlways
-		}
+	last := c.Image[strings.LastIndexByte(c.Image, '/')+1:]
+	if _, tag, tagged := strings.Cut(last, ":"); !strings.Contains(last, "@") && (!tagged || tag == "latest") {
+		return corev1.PullAlways
 	}
 	return corev1.PullIfNotPresent
 }

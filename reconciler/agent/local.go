@@ -284,6 +284,14 @@ func waitingReason(a Action, err error) string {
 	if w, ok := errors.AsType[*waitingError](err); ok {
 		return w.reason
 	}
+	switch {
+	case errors.Is(err, ErrImageInvalid):
+		return reasonInvalidImageName
+	case errors.Is(err, ErrImageNeverPull):
+		return reasonErrImageNeverPull
+	case errors.Is(err, ErrInvalidContainer), errors.Is(err, ErrRunAsRoot):
+		return reasonConfigError
+	}
 	switch a {
 	case PullImage:
 		return reasonErrImagePull

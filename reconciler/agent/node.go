@@ -42,8 +42,8 @@ func (a *Agent) runNode(ctx context.Context) {
 	lost := true
 	for {
 		err, since := a.obs.health()
-		_, listed := a.obs.all()
-		if err == nil && !listed {
+		_, list := a.obs.all()
+		if err == nil && list == 0 {
 			err = errors.New("the runtime has not answered yet")
 		}
 		reported = a.reportNode(facts, reported, err, since)
@@ -58,8 +58,8 @@ func (a *Agent) runNode(ctx context.Context) {
 				again = true
 			case <-watch.C:
 				now, _ := a.obs.health()
-				_, listed := a.obs.all()
-				again = (now != nil || !listed) != lost
+				_, list := a.obs.all()
+				again = (now != nil || list == 0) != lost
 			}
 		}
 		if facts.runtime == "" && !lost {

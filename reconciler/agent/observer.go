@@ -58,11 +58,11 @@ func (o *observer) get(uid types.UID) (*Sandbox, uint64) {
 	return o.pods[uid], o.have
 }
 
-// all returns the sandboxes of the newest list; ok is false before the first.
-func (o *observer) all() (pods map[types.UID]*Sandbox, ok bool) {
+// all returns the sandboxes of the newest list and its number; 0 before the first.
+func (o *observer) all() (pods map[types.UID]*Sandbox, number uint64) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return maps.Clone(o.pods), o.have > 0
+	return maps.Clone(o.pods), o.have
 }
 
 // health returns the error of the runtime, if the last list did not succeed.

@@ -33,6 +33,7 @@ type Agent struct {
 	running  bool
 	draining bool
 	workers  map[types.UID]*worker
+	retired  map[types.UID]uint64 // by ended worker: older lists still show its sandbox
 	group    sync.WaitGroup
 	swept    bool // what earlier lives left over was removed
 }
@@ -49,7 +50,7 @@ func New(cfg Config) (*Agent, error) {
 	a := &Agent{
 		cfg: cfg, log: cfg.Logger.With("component", "agent"), metrics: m,
 		pulls: make(chan struct{}, cfg.Pulls), starts: make(chan struct{}, cfg.Starts),
-		poke: make(chan struct{}, 1), workers: map[types.UID]*worker{},
+		poke: make(chan struct{}, 1), workers: map[types.UID]*worker{}, retired: map[types.UID]uint64{},
 	}
 	a.obs = newObserver(cfg.Runtime, a.observed)
 	a.report = newReporter(cfg.ControlPlane, a.log)
@@ -116,8 +117,8 @@ func (a *Agent) assign(ctx context.Context) error {
 // what it holds nothing is started, and before the view has been loaded nothing is
 // taken for removed.
 func (a *Agent) assignOnce(ctx context.Context) {
-	sandboxes, listed := a.obs.all()
-	if !listed {
+	sandboxes, list := a.obs.all()
+	if list == 0 {
 		return
 	}
 	view := a.cfg.ControlPlane.View()
@@ -138,6 +139,13 @@ func (a *Agent) assignOnce(ctx context.Context) {
 	for uid, w := range a.workers {
 		if wanted[uid] == nil {
 			w.update(nil, view, prune, a.draining)
+		}
+	}
+	for uid, n := range a.retired {
+		if list >= n {
+			delete(a.retired, uid)
+		} else {
+			delete(sandboxes, uid)
 		}
 	}
 	if prune || a.draining {
@@ -168,12 +176,14 @@ func (a *Agent) workerFor(ctx context.Context, uid types.UID, pod *corev1.Pod) *
 	w, ok := a.workers[uid]
 	if !ok {
 		w = newWorker(a, pod)
+		w.minList = a.retired[uid]
 		a.workers[uid] = w
 		a.group.Go(func() {
 			w.run(ctx)
 			a.mu.Lock()
 			if a.workers[uid] == w {
 				delete(a.workers, uid)
+				a.retired[uid] = w.minList
 			}
 			a.mu.Unlock()
 			a.wake() // a sandbox may have been found meanwhile
@@ -303,8 +313,8 @@ func (a *Agent) StopAll(ctx context.Context) error {
 
 // empty reports that the runtime holds nothing of ours any more.
 func (a *Agent) empty() bool {
-	sandboxes, listed := a.obs.all()
-	if !listed || len(sandboxes) > 0 {
+	sandboxes, list := a.obs.all()
+	if list == 0 || len(sandboxes) > 0 {
 		return false
 	}
 	a.mu.Lock()

@@ -67,7 +67,7 @@ func (s *statusWriter) initialized() bool { return len(s.uninitialized()) == 0 }
 // uninitialized lists the init containers that still have to complete or start.
 func (s *statusWriter) uninitialized() (names []string) {
 	for i := range s.pod.Spec.Containers {
-		if a := s.byName[s.pod.Spec.Containers[i].Name]; a.current != nil && !a.ghost {
+		if a := s.byName[s.pod.Spec.Containers[i].Name]; a.current != nil && !a.stale {
 			return nil
 		}
 	}
@@ -76,7 +76,7 @@ func (s *statusWriter) uninitialized() (names []string) {
 		a := s.byName[c.Name]
 		switch {
 		case isSidecar(c) && a.current != nil && s.local.Probes[a.current.ID].Started:
-		case !isSidecar(c) && a.current != nil && !a.ghost && a.current.State == Exited && a.current.ExitCode == 0:
+		case !isSidecar(c) && a.current != nil && !a.stale && a.current.State == Exited && a.current.ExitCode == 0:
 		default:
 			names = append(names, c.Name)
 		}
@@ -103,9 +103,9 @@ func (s *statusWriter) container(c *corev1.Container, init, turn bool) corev1.Co
 	st.ImageID = firstNonEmpty(cur.ImageRef, st.ImageID)
 	if a.previous != nil {
 		st.LastTerminationState.Terminated = s.terminated(a.previous)
-	} else if old := statusOf(s.pod, c.Name); old != nil && !a.ghost && old.RestartCount == st.RestartCount {
+	} else if old := statusOf(s.pod, c.Name); old != nil && !a.stale && old.RestartCount == st.RestartCount {
 		st.LastTerminationState = old.LastTerminationState
-	} else if old != nil && !a.ghost && old.ContainerID != "" {
+	} else if old != nil && !a.stale && old.ContainerID != "" {
 		st.LastTerminationState.Terminated = s.terminated(ghostOf(s.pod, c.Name))
 	}
 	switch cur.State {
@@ -136,13 +136,13 @@ func (s *statusWriter) exited(st *corev1.ContainerStatus, c *corev1.Container, i
 	case over || s.stopping() || !r.again:
 		st.State.Terminated = term
 		st.Ready = init && a.current.ExitCode == 0
-	case a.ghost && init:
+	case a.stale && init:
 		st.State.Waiting, st.LastTerminationState.Terminated = wait, term
 	case r.delay > 0:
 		st.LastTerminationState.Terminated = term
 		st.State.Waiting = &corev1.ContainerStateWaiting{Reason: reasonCrashLoop,
 			Message: fmt.Sprintf("back-off %s restarting failed container=%s pod=%s_%s(%s)", r.whole, c.Name, s.pod.Name, s.pod.Namespace, s.pod.UID)}
-	case a.ghost || (wait.Reason != reasonContainerCreating && wait.Reason != reasonPodInitializing):
+	case a.stale || (wait.Reason != reasonContainerCreating && wait.Reason != reasonPodInitializing):
 		st.State.Waiting, st.LastTerminationState.Terminated = wait, term
 	default:
 		st.State.Terminated = term

@@ -143,7 +143,7 @@ func (p *planner) runPod() {
 	if !p.prepare() {
 		return
 	}
-	if p.dropStrangers() {
+	if p.removeStale() || p.dropStrangers() {
 		return
 	}
 	if !p.initialized() {
@@ -163,7 +163,7 @@ func (p *planner) runPod() {
 func (p *planner) pullImages() bool {
 	for _, c := range allContainers(p.pod) {
 		a := p.byName[c.Name]
-		if a.current == nil || a.ghost {
+		if a.current == nil || a.stale {
 			if p.pull(c.Container, a.nextAttempt(), c.Init) {
 				return true
 			}
@@ -188,11 +188,10 @@ func (p *planner) imageReady(c *corev1.Container, attempt int) bool {
 
 // prepare makes sandbox, network and volumes; false means containers must wait.
 func (p *planner) prepare() bool {
-	if p.sandbox != nil && sandboxLost(p.pod, p.sandbox) {
-		p.removeAll()
-		return false
-	}
-	if p.sandbox == nil {
+	if p.sandbox == nil || p.sandbox.Lost {
+		if p.sandbox != nil && p.removeStale() {
+			return false
+		}
 		p.emit(Step{Action: CreateSandbox})
 		return false
 	}
@@ -208,6 +207,20 @@ func (p *planner) prepare() bool {
 		}
 	}
 	return true
+}
+
+// removeStale removes what is left of an earlier sandbox, but for dead containers:
+// they keep exit codes and logs. It reports whether something is left to remove.
+func (p *planner) removeStale() (left bool) {
+	for i := range p.sandbox.Containers {
+		if c := &p.sandbox.Containers[i]; isStale(p.sandbox, c) && c.State != Exited {
+			left = true
+			if p.emit(Step{Action: RemoveContainer, Container: c.Name, ID: c.ID, Attempt: c.Attempt, Init: c.Init}) {
+				return true
+			}
+		}
+	}
+	return left
 }
 
 // removeAll removes the containers and then the sandbox.
@@ -257,7 +270,7 @@ func (p *planner) initialized() bool {
 		if past {
 			continue
 		}
-		if cur := p.byName[c.Name].current; cur != nil && !p.byName[c.Name].ghost && cur.State == Exited && cur.ExitCode == 0 {
+		if cur := p.byName[c.Name].current; cur != nil && !p.byName[c.Name].stale && cur.State == Exited && cur.ExitCode == 0 {
 			continue
 		}
 		p.keepRunning(c, true)
@@ -271,7 +284,7 @@ func (p *planner) initialized() bool {
 func (p *planner) mainContainerSeen() bool {
 	for i := range p.pod.Spec.Containers {
 		a := p.byName[p.pod.Spec.Containers[i].Name]
-		if a.current != nil && !a.ghost {
+		if a.current != nil && !a.stale {
 			return true
 		}
 	}

@@ -260,7 +260,11 @@ func (w *worker) finish(r stepResult, cancelled bool) {
 // waiting for the list; the list that comes replaces it.
 func predict(old *Sandbox, pod *corev1.Pod, r stepResult, now time.Time) *Sandbox {
 	if r.step.Action == CreateSandbox {
-		return r.sandbox
+		s := *r.sandbox
+		if old != nil {
+			s.Containers = old.Containers
+		}
+		return &s
 	}
 	if old == nil || r.step.Action == RemoveSandbox {
 		return nil
