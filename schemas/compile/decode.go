@@ -19,12 +19,13 @@ const maxObject = 1 << 20
 
 // decode makes the Go object of a validated value. A field that the Go type does not
 // have is an error: definition and type would disagree.
-func decode(kind *api.Kind, v cue.Value) (api.Object, error) {
+func decode(kind *api.Kind, v cue.Value) (api.Object, []byte, error) {
 	data, err := v.MarshalJSON()
 	if err != nil {
-		return nil, fmt.Errorf("the object cannot be written as JSON: %w", err)
+		return nil, nil, fmt.Errorf("the object cannot be written as JSON: %w", err)
 	}
-	return decodeJSON(kind, data)
+	o, err := decodeJSON(kind, data)
+	return o, data, err
 }
 
 func decodeJSON(kind *api.Kind, data []byte) (api.Object, error) {

@@ -1,15 +1,16 @@
 package compile
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"io/fs"
-	"path"
 	"slices"
 	"strings"
 
 	"cuelang.org/go/cue"
 	"cuelang.org/go/cue/errors"
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"decree.dev/decree/schemas/api"
@@ -30,11 +31,11 @@ func Evaluate(ctx context.Context, fsys fs.FS, opts Options) (*Result, error) {
 	}
 	e := newEvaluator(newDefinitions(), t)
 	var results []*packageResult
-	for _, p := range e.packages(opts.Path) {
-		if err := ctx.Err(); err != nil {
-			return nil, fmt.Errorf("evaluate %s: %w", p.id(), context.Cause(ctx))
+	for _, dir := range t.under(opts.Path) {
+		if ctx.Err() != nil {
+			return nil, fmt.Errorf("evaluate folder %s: %w", dir, context.Cause(ctx))
 		}
-		results = append(results, e.evaluate(p))
+		results = append(results, e.folder(dir)...)
 	}
 	r := finish(results, nil, len(t.files))
 	r.Evaluated = len(results)
@@ -48,37 +49,46 @@ type packageResult struct {
 	deps    []string
 	objects []Object
 	diags   []api.Diagnostic
+	raw     [][]byte // the objects as JSON, in a worker
 }
 
 // finish joins the results of packages: duplicates across packages are found here,
 // and one diagnostic anywhere means no objects.
 func finish(results []*packageResult, diags []api.Diagnostic, files int) *Result {
 	r := &Result{Files: files, Diagnostics: slices.Clone(diags)}
-	places := map[api.Key]api.Position{}
+	places := map[api.Key]placed{}
 	for _, p := range results {
 		r.Diagnostics = append(r.Diagnostics, p.diags...)
 		for _, o := range p.objects {
 			key := api.KeyOf(o.Object)
 			if first, ok := places[key]; ok {
-				if first == o.Pos {
+				if first.pos == o.Pos && equal(first.object, o.Object) {
 					continue // the same text seen through two packages or two fields
 				}
 				r.Diagnostics = append(r.Diagnostics, api.Diagnostic{
 					Pos: o.Pos, Object: key.String(), Message: "the object is written twice",
-					Found: "also at " + first.String(), Hint: "remove one of them, or rename it",
+					Found: "also at " + first.pos.String(), Hint: "remove one of them, or rename it",
 				})
 				continue
 			}
-			places[key] = o.Pos
+			places[key] = placed{o.Object, o.Pos}
 			r.Objects = append(r.Objects, o)
 		}
 	}
-	r.Diagnostics = order(r.Diagnostics)
+	r.Diagnostics = order(r.Diagnostics, "")
 	if len(r.Diagnostics) > 0 {
 		r.Objects = nil
 	}
 	return r
 }
+
+// placed is an object and where it is.
+type placed struct {
+	object api.Object
+	pos    api.Position
+}
+
+func equal(a, b api.Object) bool { return apiequality.Semantic.DeepEqual(a, b) }
 
 // evaluator evaluates the packages of one tree.
 type evaluator struct {
@@ -90,11 +100,11 @@ func newEvaluator(defs *definitions, t *tree) *evaluator {
 	return &evaluator{loader: newLoader(defs, t), explain: &explainer{defs: defs, tree: t}}
 }
 
-// packages lists what is to be evaluated at and below dir.
-func (e *evaluator) packages(dir string) []*pkg {
-	var list []*pkg
-	for _, d := range e.tree.under(dir) {
-		list = append(list, e.loader.packages(d)...)
+// folder evaluates the packages of one folder.
+func (e *evaluator) folder(dir string) []*packageResult {
+	var list []*packageResult
+	for _, p := range e.packages(dir) {
+		list = append(list, e.evaluate(p))
 	}
 	return list
 }
@@ -106,7 +116,7 @@ func (e *evaluator) evaluate(p *pkg) *packageResult {
 	r := &packageResult{id: p.id(), deps: p.deps}
 	if inst.Err != nil {
 		// Syntax, imports, unresolved names: nothing was evaluated.
-		r.diags = order(e.explain.errors(inst.Err, ""))
+		r.diags = order(e.explain.errors(inst.Err, ""), p.files[0])
 		return r
 	}
 	w := &walker{e: e, visit: func(f found) {
@@ -115,47 +125,54 @@ func (e *evaluator) evaluate(p *pkg) *packageResult {
 		if len(diags) > 0 {
 			return
 		}
-		r.objects = append(r.objects, o)
+		r.objects = append(r.objects, o.Object)
+		r.raw = append(r.raw, o.raw)
 	}}
 	w.walk(v, api.Position{File: p.files[0], Line: 1})
 	r.diags = append(r.diags, w.diags...)
 	if err := v.Validate(); err != nil {
 		r.diags = append(r.diags, e.explain.rest(err, r.diags)...)
 	}
-	r.diags = order(r.diags)
+	r.diags = order(r.diags, p.files[0])
 	return r
 }
 
+// rawObject is an object with the JSON it was decoded from.
+type rawObject struct {
+	Object
+	raw []byte
+}
+
 // object checks one struct with apiVersion and kind, and decodes it.
-func (e *evaluator) object(f found) (Object, []api.Diagnostic) {
+func (e *evaluator) object(f found) (rawObject, []api.Diagnostic) {
 	pos := f.pos
 	gv, err := schema.ParseGroupVersion(f.apiVersion)
 	kind, ok := api.KindForGVK(gv.WithKind(f.kind))
 	switch {
 	case err != nil || !ok:
-		return Object{}, []api.Diagnostic{unknownKind(f, pos)}
+		return rawObject{}, []api.Diagnostic{unknownKind(f, pos)}
 	case !kind.FromGit():
-		return Object{}, []api.Diagnostic{{
+		return rawObject{}, []api.Diagnostic{{
 			Pos: pos, Field: "kind", Message: fmt.Sprintf("objects of kind %s cannot be written in Git", f.kind),
 			Hint: "Decree makes them itself",
 		}}
 	}
 	def, err := e.defs.kind(kind)
 	if err != nil {
-		return Object{}, []api.Diagnostic{{Pos: pos, Message: err.Error()}}
+		return rawObject{}, []api.Diagnostic{{Pos: pos, Message: err.Error()}}
 	}
 	u := def.value.Unify(f.value)
 	if err := u.Validate(cue.Concrete(true)); err != nil {
-		return Object{}, e.explain.object(kind, def, f.value, pos, err)
+		return rawObject{}, e.explain.object(kind, def, f.value, pos, err)
 	}
-	o := Object{Pos: pos, Fields: e.explain.fields(f.value, pos)}
-	if diags := e.checkRules(def, u, o, objectName(kind, f.value)); len(diags) > 0 {
+	o := rawObject{Object: Object{Pos: pos, Fields: e.explain.fields(f.value, pos)}}
+	if diags := e.checkRules(def, u, o.Object, objectName(kind, f.value)); len(diags) > 0 {
 		return o, diags
 	}
-	if o.Object, err = decode(kind, u); err != nil {
+	if o.Object.Object, o.raw, err = decode(kind, u); err != nil {
 		return o, []api.Diagnostic{{Pos: pos, Object: objectName(kind, f.value), Message: err.Error()}}
 	}
-	return o, e.checkDecoded(kind, o)
+	return o, e.checkDecoded(kind, o.Object)
 }
 
 // unknownKind says which kinds there are.
@@ -225,26 +242,19 @@ func objectName(kind *api.Kind, v cue.Value) string {
 	return key.String()
 }
 
-// order sorts diagnostics by place and drops repetitions.
-func order(diags []api.Diagnostic) []api.Diagnostic {
-	slices.SortStableFunc(diags, func(a, b api.Diagnostic) int {
-		return compareDiagnostics(a, b)
-	})
+// order sorts diagnostics by place and drops repetitions. One without a place is about
+// the file.
+func order(diags []api.Diagnostic, file string) []api.Diagnostic {
+	for i := range diags {
+		diags[i].Pos.File = cmp.Or(diags[i].Pos.File, file)
+	}
+	slices.SortStableFunc(diags, compareDiagnostics)
 	return slices.Compact(diags)
 }
 
 func compareDiagnostics(a, b api.Diagnostic) int {
-	if c := strings.Compare(path.Clean(a.Pos.File), path.Clean(b.Pos.File)); c != 0 {
-		return c
-	}
-	if a.Pos.Line != b.Pos.Line {
-		return a.Pos.Line - b.Pos.Line
-	}
-	if a.Pos.Column != b.Pos.Column {
-		return a.Pos.Column - b.Pos.Column
-	}
-	if c := strings.Compare(a.Field, b.Field); c != 0 {
-		return c
-	}
-	return strings.Compare(a.Message, b.Message)
+	return cmp.Or(
+		cmp.Compare(a.Pos.File, b.Pos.File), cmp.Compare(a.Pos.Line, b.Pos.Line), cmp.Compare(a.Pos.Column, b.Pos.Column),
+		cmp.Compare(a.Object, b.Object), cmp.Compare(a.Field, b.Field), cmp.Compare(a.Message, b.Message),
+	)
 }

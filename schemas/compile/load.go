@@ -23,6 +23,9 @@ import (
 // position in them is taken for one of the user's.
 const schemaPrefix = "decree:"
 
+// appPackage is the short form of an application.
+const appPackage = "decree.dev/app"
+
 // definitions is the embedded module in a CUE context of its own. It is filled
 // before a tree is known, and serves one evaluation. It is not safe for concurrent
 // use.
@@ -273,12 +276,11 @@ func (l *loader) build(m *module, p *pkg, deps map[string]bool) *build.Instance 
 	})
 	inst.PkgName = p.name
 	for d := p.dir; ; d = path.Dir(d) {
-		deps[d] = true
+		deps[d], deps[path.Join(d, "cue.mod")] = true, true
 		if d == m.root || d == "." {
 			break
 		}
 	}
-	deps[path.Join(m.root, "cue.mod")] = true
 	if m.err != nil {
 		inst.ReportError(m.err)
 	}
