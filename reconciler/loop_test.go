@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -19,6 +20,31 @@ import (
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var quiet = slog.New(slog.DiscardHandler)
+
+// turns records when something was called; a test may look at it at any time.
+type turns struct {
+	mu    sync.Mutex
+	begin time.Time
+	times []time.Duration
+}
+
+func record() *turns { return &turns{begin: time.Now()} }
+
+func (r *turns) add() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.times = append(r.times, time.Since(r.begin))
+	return len(r.times)
+}
+
+func (r *turns) all() []time.Duration {
+	synctest.Wait()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.times)
+}
+
+func (r *turns) count() int { return len(r.all()) }
 
 // start runs f in the bubble and returns a function that stops it and checks that
 // it returns the cause.
@@ -41,15 +67,14 @@ func start(t *testing.T, run func(context.Context) error) (stop func()) {
 func TestLoopPassesAtStartOnEventAndOnResync(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		changed := make(chan struct{}, 1)
-		passes := 0
+		passes := record()
 		l := &reconciler.Loop{Name: "test", Changed: changed, Resync: time.Minute, Logger: quiet,
-			Once: func(context.Context) error { passes++; return nil }}
+			Once: func(context.Context) error { passes.add(); return nil }}
 		defer start(t, l.Run)()
 		check := func(want int, when string) {
 			t.Helper()
-			synctest.Wait()
-			if passes != want {
-				t.Errorf("%d passes %s, want %d", passes, when, want)
+			if n := passes.count(); n != want {
+				t.Errorf("%d passes %s, want %d", n, when, want)
 			}
 		}
 		check(1, "at the start")
@@ -68,16 +93,16 @@ func TestLoopPassesAtStartOnEventAndOnResync(t *testing.T) {
 func TestLoopEventsDoNotBypassTheBackoff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		changed := make(chan struct{}, 1)
-		var times []time.Duration
-		fail, begin := true, time.Now()
+		passes := record()
+		var good atomic.Bool
 		l := &reconciler.Loop{Changed: changed, Resync: time.Hour, Logger: quiet,
 			Backoff: reconciler.Backoff{Min: time.Second, Max: 8 * time.Second},
 			Once: func(context.Context) error {
-				times = append(times, time.Since(begin))
-				if fail {
-					return errors.New("no luck")
+				passes.add()
+				if good.Load() {
+					return nil
 				}
-				return nil
+				return errors.New("no luck")
 			}}
 		defer start(t, l.Run)()
 		for range 600 {
@@ -87,17 +112,17 @@ func TestLoopEventsDoNotBypassTheBackoff(t *testing.T) {
 			}
 			time.Sleep(100 * time.Millisecond)
 		}
-		synctest.Wait()
+		times := passes.all()
 		for i := 1; i < len(times); i++ {
 			most := min(8*time.Second, time.Second<<(i-1))
 			if gap := times[i] - times[i-1]; gap < most/2 || gap > most {
 				t.Errorf("wait after failure %d is %v, want %v to %v", i, gap, most/2, most)
 			}
 		}
-		if s := l.Status(); s.Failures != len(times) || s.LastError == nil || !s.FailingSince.Equal(begin) || !s.LastSuccess.IsZero() {
+		if s := l.Status(); s.Failures != len(times) || s.LastError == nil || !s.FailingSince.Equal(passes.begin) || !s.LastSuccess.IsZero() {
 			t.Errorf("status %+v after %d failures", s, len(times))
 		}
-		fail = false
+		good.Store(true)
 		time.Sleep(8 * time.Second)
 		synctest.Wait()
 		if s := l.Status(); s.Failures != 0 || !s.FailingSince.IsZero() || s.LastError != nil {
@@ -110,10 +135,10 @@ func TestLoopWakeAfterAndClosedEvents(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		changed := make(chan struct{})
 		close(changed)
-		passes := 0
+		passes := record()
 		var l *reconciler.Loop
 		l = &reconciler.Loop{Changed: changed, Logger: quiet, Once: func(context.Context) error {
-			if passes++; passes < 3 {
+			if passes.add() < 3 {
 				l.WakeAfter(time.Hour)
 				l.WakeAfter(time.Minute)
 				l.WakeAfter(2 * time.Minute)
@@ -122,16 +147,16 @@ func TestLoopWakeAfterAndClosedEvents(t *testing.T) {
 		}}
 		defer start(t, l.Run)()
 		time.Sleep(59 * time.Second)
-		if passes != 1 {
-			t.Errorf("%d passes before the minute is over, want 1", passes)
+		if n := passes.count(); n != 1 {
+			t.Errorf("%d passes before the minute is over, want 1", n)
 		}
 		time.Sleep(62 * time.Second)
-		if passes != 3 {
-			t.Errorf("%d passes after two minutes, want 3", passes)
+		if n := passes.count(); n != 3 {
+			t.Errorf("%d passes after two minutes, want 3", n)
 		}
 		time.Sleep(24 * time.Hour)
-		if passes != 3 {
-			t.Errorf("%d passes without event, resync or wake, want 3", passes)
+		if n := passes.count(); n != 3 {
+			t.Errorf("%d passes without event, resync or wake, want 3", n)
 		}
 	})
 }
@@ -142,6 +167,7 @@ func TestLoopTimeout(t *testing.T) {
 			Once: func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() }}
 		defer start(t, l.Run)()
 		time.Sleep(2 * time.Second)
+		synctest.Wait()
 		if s := l.Status(); s.Failures != 1 || !errors.Is(s.LastError, context.DeadlineExceeded) || s.LastDuration != time.Second {
 			t.Errorf("status %+v", s)
 		}
@@ -151,7 +177,7 @@ func TestLoopTimeout(t *testing.T) {
 func TestKeyedDedupesAndNeverOverlapsAKey(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
-		running, most, turns := map[string]bool{}, 0, map[string]int{}
+		running, most, count := map[string]bool{}, 0, map[string]int{}
 		q := &reconciler.Keyed[string]{Name: "test", Workers: 3, Logger: quiet}
 		q.Do = func(_ context.Context, key string) (time.Duration, error) {
 			mu.Lock()
@@ -160,7 +186,7 @@ func TestKeyedDedupesAndNeverOverlapsAKey(t *testing.T) {
 			}
 			running[key] = true
 			most = max(most, len(running))
-			turns[key]++
+			count[key]++
 			mu.Unlock()
 			time.Sleep(time.Second)
 			mu.Lock()
@@ -178,54 +204,57 @@ func TestKeyedDedupesAndNeverOverlapsAKey(t *testing.T) {
 		q.Add("a") // while it has its turn
 		q.Add("a")
 		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		mu.Lock()
+		defer mu.Unlock()
 		if most != 3 {
 			t.Errorf("%d keys at a time, want 3", most)
 		}
-		if fmt.Sprint(turns) != "map[a:2 b:1 c:1 d:1]" {
-			t.Errorf("turns %v", turns)
+		if fmt.Sprint(count) != "map[a:2 b:1 c:1 d:1]" {
+			t.Errorf("turns %v", count)
 		}
 	})
 }
 
 func TestKeyedBackoffIsPerKeyAndNotBypassed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var times []time.Duration
-		begin, good, fail := time.Now(), 0, true
+		one, two := record(), record()
+		var good atomic.Bool
 		q := &reconciler.Keyed[int]{Logger: quiet, Backoff: reconciler.Backoff{Min: time.Second, Max: 4 * time.Second}}
 		q.Do = func(_ context.Context, key int) (time.Duration, error) {
 			if key == 1 {
-				good++
+				one.add()
 				return 0, nil
 			}
-			times = append(times, time.Since(begin))
-			if fail {
-				return 0, errors.New("no luck")
+			two.add()
+			if good.Load() {
+				return 0, nil
 			}
-			return 0, nil
+			return 0, errors.New("no luck")
 		}
 		defer start(t, q.Run)()
 		for range 200 {
 			q.Add(1, 2)
 			time.Sleep(100 * time.Millisecond)
 		}
-		if good != 200 {
-			t.Errorf("the good key had %d turns, want 200", good)
+		if n := one.count(); n != 200 {
+			t.Errorf("the good key had %d turns, want 200", n)
 		}
+		times := two.all()
 		for i := 1; i < len(times); i++ {
 			most := min(4*time.Second, time.Second<<(i-1))
 			if gap := times[i] - times[i-1]; gap < most/2 || gap > most {
 				t.Errorf("wait after failure %d is %v, want %v to %v", i, gap, most/2, most)
 			}
 		}
-		if s := q.Status(); s.Failures != 1 || !s.FailingSince.Equal(begin) {
+		if s := q.Status(); s.Failures != 1 || !s.FailingSince.Equal(two.begin) {
 			t.Errorf("status %+v", s)
 		}
-		fail = false
+		good.Store(true)
 		time.Sleep(4 * time.Second)
-		n := len(times)
+		n := two.count()
 		q.Add(2)
-		synctest.Wait()
-		if len(times) != n+1 {
+		if two.count() != n+1 {
 			t.Error("after a success an event must count at once")
 		}
 		if s := q.Status(); s.Failures != 0 || !s.FailingSince.IsZero() {
@@ -236,12 +265,10 @@ func TestKeyedBackoffIsPerKeyAndNotBypassed(t *testing.T) {
 
 func TestKeyedRequeueAfter(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var times []time.Duration
-		begin := time.Now()
+		times := record()
 		q := &reconciler.Keyed[string]{Logger: quiet}
 		q.Do = func(context.Context, string) (time.Duration, error) {
-			times = append(times, time.Since(begin))
-			if len(times) == 4 {
+			if times.add() == 4 {
 				return 0, nil
 			}
 			return 10 * time.Second, nil
@@ -252,8 +279,8 @@ func TestKeyedRequeueAfter(t *testing.T) {
 		q.Add("a") // earlier than the requeue
 		time.Sleep(time.Hour)
 		want := []time.Duration{0, 10 * time.Second, 13 * time.Second, 23 * time.Second}
-		if !slices.Equal(times, want) {
-			t.Errorf("turns at %v, want %v", times, want)
+		if got := times.all(); !slices.Equal(got, want) {
+			t.Errorf("turns at %v, want %v", got, want)
 		}
 		stop()
 		q.Add("b") // after Run: nothing happens, nothing hangs

@@ -2,7 +2,6 @@ package workload
 
 import (
 	"cmp"
-	"encoding/json"
 	"fmt"
 	"maps"
 	"slices"
@@ -11,8 +10,6 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/equality"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
@@ -151,68 +148,6 @@ func (w *rollout) others() []*set {
 	return slices.DeleteFunc(slices.Clone(w.sets), func(s *set) bool { return s == w.current })
 }
 
-// sameTemplate compares templates without the label that Decree adds.
-func sameTemplate(a, b *corev1.PodTemplateSpec) bool {
-	if len(a.Spec.Containers) != len(b.Spec.Containers) {
-		return false
-	}
-	x, y := a.DeepCopy(), b.DeepCopy()
-	delete(x.Labels, appsv1.DefaultDeploymentUniqueLabelKey)
-	delete(y.Labels, appsv1.DefaultDeploymentUniqueLabelKey)
-	return equality.Semantic.DeepEqual(x, y)
-}
-
-// templateHash names a template. The salt tells two templates apart whose hashes
-// collide.
-func templateHash(t *corev1.PodTemplateSpec, salt int) string {
-	t = t.DeepCopy()
-	delete(t.Labels, appsv1.DefaultDeploymentUniqueLabelKey)
-	raw, err := json.Marshal(t)
-	if err != nil {
-		panic(fmt.Sprintf("workload: encode pod template: %v", err)) // registered types encode
-	}
-	return suffix(10, string(raw), strconv.Itoa(salt))
-}
-
-// createCurrent makes the ReplicaSet for d's template, with as many pods as the
-// strategy allows at once.
-func (w *rollout) createCurrent() {
-	hash, name := "", ""
-	for salt := 0; ; salt++ {
-		hash = templateHash(&w.d.Spec.Template, salt)
-		name = named(w.d.Name, hash)
-		if _, taken := w.r.Get(api.Key{Resource: api.ReplicaSets, Namespace: w.d.Namespace, Name: name}); !taken {
-			break
-		}
-	}
-	t := w.d.Spec.Template.DeepCopy()
-	t.Labels = withLabel(t.Labels, hash)
-	selector := w.d.Spec.Selector.DeepCopy()
-	selector.MatchLabels = withLabel(selector.MatchLabels, hash)
-	rs := &appsv1.ReplicaSet{
-		ObjectMeta: metav1.ObjectMeta{
-			Namespace: w.d.Namespace, Name: name, Labels: t.Labels,
-			OwnerReferences: []metav1.OwnerReference{controllerRef(w.d)},
-		},
-		Spec: appsv1.ReplicaSetSpec{MinReadySeconds: w.d.Spec.MinReadySeconds, Selector: selector, Template: *t, Replicas: new(int32)},
-	}
-	w.current, w.created = &set{ReplicaSet: rs, minReady: rs.Spec.MinReadySeconds}, true
-	if w.d.Spec.Strategy.Type == appsv1.RecreateDeploymentStrategyType {
-		w.recreate()
-	} else {
-		w.roll()
-	}
-}
-
-func withLabel(in map[string]string, hash string) map[string]string {
-	out := maps.Clone(in)
-	if out == nil {
-		out = map[string]string{}
-	}
-	out[appsv1.DefaultDeploymentUniqueLabelKey] = hash
-	return out
-}
-
 // recreate stops all old pods, waits until they are gone, then starts the new ones.
 func (w *rollout) recreate() {
 	left := int32(0)
@@ -262,105 +197,6 @@ func (w *rollout) roll() {
 		s.target -= n
 		spare -= n
 	}
-}
-
-// isScaling reports whether d's number of replicas changed since it was last
-// shared out among the sets.
-func (w *rollout) isScaling() bool {
-	for _, s := range w.sets {
-		desired, err := strconv.Atoi(s.Annotations[annotationDesired])
-		if s.spec() > 0 && err == nil && int32(desired) != w.want {
-			return true
-		}
-	}
-	return false
-}
-
-// scale brings the sum of all sets to d's new size, each in proportion to its
-// share, so that a scaling amid a rollout does not put all its pods on one side.
-func (w *rollout) scale() {
-	if only := w.onlyActive(); only != nil {
-		only.target = w.want
-		return
-	}
-	if w.current != nil && w.current.spec() == w.want && w.current.available >= w.want {
-		for _, s := range w.others() {
-			s.target = 0
-		}
-		return
-	}
-	if w.d.Spec.Strategy.Type == appsv1.RecreateDeploymentStrategyType {
-		return
-	}
-	var active []*set
-	total := int32(0)
-	for _, s := range w.sets {
-		if s.spec() > 0 {
-			active = append(active, s)
-			total += s.spec()
-		}
-	}
-	limit := int32(0)
-	if w.want > 0 {
-		limit = w.want + w.surge
-	}
-	w.share(active, limit, limit-total)
-}
-
-// share gives add pods (or takes them, when negative) to sets by their size.
-func (w *rollout) share(sets []*set, limit, add int32) {
-	slices.SortStableFunc(sets, func(a, b *set) int {
-		if add > 0 { // the larger, then the newer gains first
-			return cmp.Or(cmp.Compare(b.spec(), a.spec()), oldestFirst(b, a))
-		}
-		return cmp.Or(cmp.Compare(b.spec(), a.spec()), oldestFirst(a, b))
-	})
-	left := add
-	for _, s := range sets {
-		if add == 0 {
-			break
-		}
-		before, err := strconv.Atoi(s.Annotations[annotationMax])
-		if err != nil || before <= 0 {
-			before = int(max(1, w.d.Status.Replicas))
-		}
-		// Rounded half up, as int32 does not overflow here in 64 bits.
-		part := int32((2*int64(s.spec())*int64(limit)+int64(before))/(2*int64(before))) - s.spec()
-		if add > 0 {
-			part = max(0, min(part, left))
-		} else {
-			part = min(0, max(part, left))
-		}
-		s.target = max(0, s.spec()+part)
-		left -= s.target - s.spec()
-	}
-	for _, s := range sets { // what rounding left over
-		n := max(s.target+left, 0) - s.target
-		s.target += n
-		left -= n
-	}
-}
-
-// onlyActive returns the set that has all the pods; when none has any, the current
-// or else the newest one.
-func (w *rollout) onlyActive() *set {
-	var active []*set
-	for _, s := range w.sets {
-		if s.spec() > 0 {
-			active = append(active, s)
-		}
-	}
-	switch {
-	case len(active) == 1:
-		return active[0]
-	case len(active) > 1:
-		return nil
-	case w.current != nil:
-		return w.current
-	case len(w.sets) > 0:
-		return w.sets[len(w.sets)-1]
-	}
-	return nil
 }
 
 func revision(rs *appsv1.ReplicaSet) int64 {
