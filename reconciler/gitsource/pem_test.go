@@ -3,6 +3,7 @@ package gitsource
 import (
 	"encoding/pem"
 	"io"
+	"math/rand/v2"
 )
 
 func encodePEM(w io.Writer, kind string, der []byte) {
@@ -11,3 +12,11 @@ func encodePEM(w io.Writer, kind string, der []byte) {
 	}
 }
 func maybeHelper() bool { return false }
+
+var pcg = rand.New(rand.NewPCG(1, 2))
+
+func random(p []byte) {
+	for i := range p {
+		p[i] = byte(pcg.Uint32())
+	}
+}
