@@ -26,6 +26,7 @@ import (
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/netplanetest"
 	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/netplane/netspace/netspacetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -73,7 +74,7 @@ type node struct {
 }
 
 func newNode(t *testing.T) *node {
-	n := &node{t: t, netns: netplanetest.Namespace(t, "node")}
+	n := &node{t: t, netns: netspacetest.Namespace(t, "node")}
 	dir := t.TempDir()
 	n.cfg = netplane.Config{
 		DataDir: filepath.Join(dir, "netplane"), CNIConfDir: filepath.Join(dir, "user"), ResolvConf: filepath.Join(dir, "resolv.conf"),
@@ -114,7 +115,7 @@ func (n *node) set(d netplane.Desired) {
 // attach gives a pod a namespace, its network, and a server.
 func (n *node) attach(name string) (string, netip.Addr) {
 	n.t.Helper()
-	path := netplanetest.Namespace(n.t, name)
+	path := netspacetest.Namespace(n.t, name)
 	addrs, err := n.plane.Attach(n.t.Context(), pod(name), path)
 	if err != nil {
 		n.t.Fatal(err)
@@ -127,7 +128,7 @@ func (n *node) attach(name string) (string, netip.Addr) {
 // and the source it sees.
 func get(t *testing.T, netns string, to netip.AddrPort) (server, source netip.AddrPort) {
 	t.Helper()
-	netplanetest.In(t, netns, func() error {
+	netspacetest.In(t, netns, func() error {
 		c, err := net.DialTimeout("tcp", to.String(), 5*time.Second)
 		if err != nil {
 			return err
@@ -149,7 +150,7 @@ func get(t *testing.T, netns string, to netip.AddrPort) (server, source netip.Ad
 func ask(t *testing.T, netns, network, name string, qtype uint16) *dns.Msg {
 	t.Helper()
 	var m *dns.Msg
-	netplanetest.In(t, netns, func() (err error) {
+	netspacetest.In(t, netns, func() (err error) {
 		req := new(dns.Msg).SetQuestion(name, qtype)
 		// The server may be about to start listening.
 		for end := time.Now().Add(5 * time.Second); ; {
@@ -166,7 +167,7 @@ func ask(t *testing.T, netns, network, name string, qtype uint16) *dns.Msg {
 func (n *node) dump() string {
 	n.t.Helper()
 	var b strings.Builder
-	netplanetest.In(n.t, n.netns, func() error {
+	netspacetest.In(n.t, n.netns, func() error {
 		for _, c := range []string{
 			"ip -o addr", "ip route show table all", "ip -6 route show table all", "nft list ruleset",
 			"cat /proc/sys/net/ipv4/ip_forward", "cat /proc/sys/net/ipv6/conf/all/forwarding",
@@ -245,7 +246,7 @@ func TestPlane(t *testing.T) {
 	})
 	t.Run("restart", func(t *testing.T) { n.restart(t, ns1, ns2, a1, a2) })
 	t.Run("repair", func(t *testing.T) {
-		netplanetest.In(t, n.netns, func() error { return exec.Command("nft", "flush", "ruleset").Run() })
+		netspacetest.In(t, n.netns, func() error { return exec.Command("nft", "flush", "ruleset").Run() })
 		if err := n.plane.Repair(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -277,7 +278,7 @@ func TestPlane(t *testing.T) {
 func (n *node) restart(t *testing.T, ns1, ns2 string, a1, a2 netip.Addr) {
 	t.Helper()
 	var ln net.Listener
-	netplanetest.In(t, ns2, func() (err error) { ln, err = net.Listen("tcp", ":9000"); return err })
+	netspacetest.In(t, ns2, func() (err error) { ln, err = net.Listen("tcp", ":9000"); return err })
 	defer ln.Close()
 	go func() {
 		c, err := ln.Accept()
@@ -299,7 +300,7 @@ func (n *node) restart(t *testing.T, ns1, ns2 string, a1, a2 netip.Addr) {
 	})
 	n.set(d)
 	var c net.Conn
-	netplanetest.In(t, ns1, func() (err error) {
+	netspacetest.In(t, ns1, func() (err error) {
 		c, err = net.DialTimeout("tcp", "10.97.0.81:7", 5*time.Second)
 		return err
 	})

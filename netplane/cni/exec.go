@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -72,11 +73,16 @@ func (r *runner) ExecPlugin(ctx context.Context, path string, stdin []byte, envi
 	case ctx.Err() != nil:
 		return nil, fmt.Errorf("cni plugin %s: %w", name, context.Cause(ctx))
 	case err != nil:
-		return nil, pluginError(name, err, stdout.Bytes(), stderr.String())
+		return nil, pluginError(name, err, stdout.kept.Bytes(), stderr.kept.String())
 	case stdout.over:
 		return nil, fmt.Errorf("cni plugin %s: %w: it printed more than %d bytes", name, ErrResult, maxOutput)
 	}
-	return stdout.Bytes(), nil
+	if slices.Contains(environ, "CNI_COMMAND=ADD") {
+		if _, err := decodeResult(stdout.kept.Bytes()); err != nil {
+			return nil, fmt.Errorf("cni plugin %s: %w", name, err)
+		}
+	}
+	return stdout.kept.Bytes(), nil
 }
 
 // pluginError says what the plugin said: its structured error if there is one.
@@ -91,22 +97,22 @@ func pluginError(name string, err error, stdout []byte, stderr string) error {
 	return fmt.Errorf("cni plugin %s: %w", name, err)
 }
 
-// bounded keeps the first max bytes and takes the rest as if it did.
+// bounded keeps the first max bytes and takes the rest as if it did. It has no
+// ReadFrom, by which io.Copy would go past Write.
 type bounded struct {
-	bytes.Buffer
+	kept bytes.Buffer
 	max  int
 	over bool
 }
 
 func (b *bounded) Write(p []byte) (int, error) {
-	room := b.max - b.Len()
-	if len(p) > room {
+	n := len(p)
+	if room := b.max - b.kept.Len(); n > room {
 		b.over = true
-		b.Buffer.Write(p[:room])
-	} else {
-		b.Buffer.Write(p)
+		p = p[:room]
 	}
-	return len(p), nil
+	b.kept.Write(p)
+	return n, nil
 }
 
 // isTryAgain reports whether the plugin asked for another attempt later.

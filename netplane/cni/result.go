@@ -1,6 +1,8 @@
 package cni
 
 import (
+	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -21,11 +23,46 @@ const maxAddresses = 64
 // in order and without duplicates: at least one. b is whatever a plugin printed
 // (CNI specification 0.1.0 to 1.0.0, "ADD Success").
 func ParseResult(b []byte) ([]netip.Addr, error) {
+	r, err := decodeResult(b)
+	if err != nil {
+		return nil, err
+	}
+	return addresses(r)
+}
+
+// decodeResult decodes what a plugin printed. A null in a list is refused here,
+// because the library's conversions between versions do not expect one.
+func decodeResult(b []byte) (types.Result, error) {
+	if len(bytes.TrimSpace(b)) == 0 {
+		return nil, fmt.Errorf("%w: the plugin printed nothing", ErrResult)
+	}
+	var whole any
+	if err := json.Unmarshal(b, &whole); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrResult, err)
+	}
+	if hasNull(whole) {
+		return nil, fmt.Errorf("%w: a list in it holds null", ErrResult)
+	}
 	r, err := create.CreateFromBytes(b)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrResult, err)
 	}
-	return addresses(r)
+	return r, nil
+}
+
+// hasNull reports whether any list in a JSON value holds a null.
+func hasNull(v any) bool {
+	switch v := v.(type) {
+	case []any:
+		return slices.ContainsFunc(v, func(x any) bool { return x == nil || hasNull(x) })
+	case map[string]any:
+		for _, x := range v {
+			if hasNull(x) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func addresses(r types.Result) ([]netip.Addr, error) {

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -17,45 +16,12 @@ import (
 	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/netplane/netspace/netspacetest"
 	"decree.dev/decree/netplane/render"
 )
 
 // silence is how long a sender waits before it takes a packet for dropped.
 const silence = 400 * time.Millisecond
-
-// Namespace makes a network namespace with loopback up that lives as long as the
-// test, and returns its path.
-func Namespace(t testing.TB, name string) string {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Fatal("needs root, for network namespaces; run: sudo go test")
-	}
-	path := filepath.Join(t.TempDir(), name)
-	if err := netspace.Create(path); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := netspace.Remove(path); err != nil {
-			t.Error(err)
-		}
-	})
-	In(t, path, func() error {
-		lo, err := netlink.LinkByName("lo")
-		if err != nil {
-			return err
-		}
-		return netlink.LinkSetUp(lo)
-	})
-	return path
-}
-
-// In runs fn in a network namespace and fails the test on its error.
-func In(t testing.TB, path string, fn func() error) {
-	t.Helper()
-	if err := netspace.Do(path, fn); err != nil {
-		t.Fatal(err)
-	}
-}
 
 // Lab is a World's hosts as network namespaces, each pod on a link of its own to
 // the node, which routes.
@@ -68,9 +34,9 @@ func NewLab(t testing.TB) *Lab {
 	t.Helper()
 	l := &Lab{Path: map[Host]string{}}
 	for _, h := range append([]Host{Node, Outside}, Pods...) {
-		l.Path[h] = Namespace(t, string(h))
+		l.Path[h] = netspacetest.Namespace(t, string(h))
 	}
-	In(t, l.Path[Node], func() error {
+	netspacetest.In(t, l.Path[Node], func() error {
 		return errors.Join(
 			os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644),
 			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644))
@@ -78,7 +44,7 @@ func NewLab(t testing.TB) *Lab {
 	for i, h := range append([]Host{Outside}, Pods...) {
 		l.connect(t, h, fmt.Sprintf("veth%d", i))
 	}
-	In(t, l.Path[Node], func() error {
+	netspacetest.In(t, l.Path[Node], func() error {
 		for _, n := range Nets {
 			if err := localRoute(n.Range); err != nil {
 				return err
@@ -108,7 +74,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 // that host.
 func (l *Lab) connect(t testing.TB, h Host, name string) {
 	t.Helper()
-	In(t, l.Path[Node], func() error {
+	netspacetest.In(t, l.Path[Node], func() error {
 		peer, err := os.Open(l.Path[h])
 		if err != nil {
 			return err
@@ -126,9 +92,9 @@ func (l *Lab) connect(t testing.TB, h Host, name string) {
 		if gateway.Is6() {
 			all = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
 		}
-		In(t, l.Path[Node], func() error { return address(name, gateway, n.Addr[h]) })
-		In(t, l.Path[h], func() error { return address("eth0", n.Addr[h], gateway) })
-		In(t, l.Path[h], func() error {
+		netspacetest.In(t, l.Path[Node], func() error { return address(name, gateway, n.Addr[h]) })
+		netspacetest.In(t, l.Path[h], func() error { return address("eth0", n.Addr[h], gateway) })
+		netspacetest.In(t, l.Path[h], func() error {
 			link, err := netlink.LinkByName("eth0")
 			if err != nil {
 				return err
@@ -161,7 +127,7 @@ func address(name string, a, peer netip.Addr) error {
 func (l *Lab) serve(t testing.TB, h Host) {
 	t.Helper()
 	ServeTCP(t, l.Path[h], TCPPort, SecondPort)
-	In(t, l.Path[h], func() error {
+	netspacetest.In(t, l.Path[h], func() error {
 		for _, n := range Nets {
 			pc, err := net.ListenPacket("udp", netip.AddrPortFrom(n.Addr[h], UDPPort).String())
 			if err != nil {
@@ -178,7 +144,7 @@ func (l *Lab) serve(t testing.TB, h Host) {
 // address", for the time of the test.
 func ServeTCP(t testing.TB, path string, ports ...int) {
 	t.Helper()
-	In(t, path, func() error {
+	netspacetest.In(t, path, func() error {
 		for _, port := range ports {
 			ln, err := net.Listen("tcp", fmt.Sprintf(":%d", port))
 			if err != nil {

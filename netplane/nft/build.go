@@ -19,9 +19,11 @@ import (
 func uses(f *family, t *render.Table) bool {
 	of := func(a netip.Addr) bool { return familyOf(a) == f }
 	prefix := func(p netip.Prefix) bool { return of(p.Addr()) }
-	return slices.ContainsFunc(t.Range, prefix) || slices.ContainsFunc(t.Cluster, prefix) || slices.ContainsFunc(t.Pods, prefix) ||
-		slices.ContainsFunc(t.Local, func(p render.Port) bool { return of(p.Addr) }) ||
-		slices.ContainsFunc(t.Services, func(s render.Service) bool { return of(s.Addr) })
+	// Services are ordered, IPv4 first.
+	n := len(t.Services)
+	return n > 0 && (of(t.Services[0].Addr) || of(t.Services[n-1].Addr)) ||
+		slices.ContainsFunc(t.Range, prefix) || slices.ContainsFunc(t.Cluster, prefix) || slices.ContainsFunc(t.Pods, prefix) ||
+		slices.ContainsFunc(t.Local, func(p render.Port) bool { return of(p.Addr) })
 }
 
 // build makes the table with its sets and fixed chains anew, in one transaction.

@@ -15,6 +15,7 @@ import (
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/netplanetest"
 	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/netplane/netspace/netspacetest"
 	"decree.dev/decree/netplane/nft"
 	"decree.dev/decree/netplane/render"
 )
@@ -116,7 +117,7 @@ func TestListed(t *testing.T) {
 			t.Fatal(err)
 		}
 		var out []byte
-		netplanetest.In(t, k.Path[netplanetest.Node], func() (err error) {
+		netspacetest.In(t, k.Path[netplanetest.Node], func() (err error) {
 			out, err = exec.Command("nft", "list", "ruleset").CombinedOutput()
 			return err
 		})

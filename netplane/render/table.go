@@ -90,7 +90,10 @@ type Service struct {
 
 // Equal reports whether both mean the same.
 func (s *Service) Equal(t *Service) bool {
-	return s.Port == t.Port && s.Affinity == t.Affinity && slices.Equal(s.Endpoints, t.Endpoints)
+	if s.Port != t.Port || s.Affinity != t.Affinity || len(s.Endpoints) != len(t.Endpoints) {
+		return false
+	}
+	return len(s.Endpoints) == 0 || &s.Endpoints[0] == &t.Endpoints[0] || slices.Equal(s.Endpoints, t.Endpoints)
 }
 
 // Table is everything a service backend has to know. All slices are ordered and

@@ -24,7 +24,10 @@ func (i Identity) Node() (name string, ok bool) {
 		return "", false
 	}
 	name, ok = strings.CutPrefix(i.Name, pki.NodePrefix)
-	return name, ok && name != ""
+	if !ok || name == "" {
+		return "", false
+	}
+	return name, true
 }
 
 // Actor is how transactions name i.

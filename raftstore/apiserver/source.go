@@ -68,7 +68,8 @@ const maxTreeFiles = 20_000
 
 // readTree reads a tar of regular files and folders into memory, as a file system.
 // Its size is bounded by the body's limit and, should that be compressed one day,
-// by limit. Links, devices and paths that leave the tree are refused by name.
+// by limit. Symbolic links stay what they are, as in a commit; devices, hard links
+// and paths that leave the tree are refused by name.
 func readTree(r io.Reader, limit int64) (fs.FS, error) {
 	// A zip without compression is an fs.FS that the standard library can read.
 	var packed bytes.Buffer
@@ -88,8 +89,8 @@ func readTree(r io.Reader, limit int64) (fs.FS, error) {
 			continue
 		}
 		switch limit -= h.Size; {
-		case h.Typeflag != tar.TypeReg:
-			return nil, apierrors.NewBadRequest(fmt.Sprintf("tree: %q is neither a regular file nor a folder", clip(h.Name, 256)))
+		case h.Typeflag != tar.TypeReg && h.Typeflag != tar.TypeSymlink:
+			return nil, apierrors.NewBadRequest(fmt.Sprintf("tree: %q is neither a file, a folder nor a symbolic link", clip(h.Name, 256)))
 		case !fs.ValidPath(name) || name == "." || strings.Contains(name, `\`):
 			return nil, apierrors.NewBadRequest(fmt.Sprintf("tree: %q leaves the tree or is not a clean path", clip(h.Name, 256)))
 		case seen[name]:
@@ -98,11 +99,7 @@ func readTree(r io.Reader, limit int64) (fs.FS, error) {
 			return nil, apierrors.NewRequestEntityTooLargeError("the tree has too many files or bytes")
 		}
 		seen[name] = true
-		f, err := z.CreateHeader(&zip.FileHeader{Name: name, Method: zip.Store})
-		if err == nil {
-			_, err = io.Copy(f, in)
-		}
-		if err != nil {
+		if err := packFile(z, name, h, in); err != nil {
 			return nil, badTree(err)
 		}
 	}
@@ -114,6 +111,21 @@ func readTree(r io.Reader, limit int64) (fs.FS, error) {
 		return nil, fmt.Errorf("read tree: %w", err)
 	}
 	return tree, nil
+}
+
+func packFile(z *zip.Writer, name string, h *tar.Header, in io.Reader) error {
+	header := &zip.FileHeader{Name: name, Method: zip.Store}
+	header.SetMode(0o644)
+	if h.Typeflag == tar.TypeSymlink {
+		header.SetMode(fs.ModeSymlink | 0o777)
+		in = strings.NewReader(h.Linkname)
+	}
+	f, err := z.CreateHeader(header)
+	if err != nil {
+		return err
+	}
+	_, err = io.Copy(f, in)
+	return err
 }
 
 func badTree(err error) error {

@@ -186,6 +186,12 @@ func tarTree(tree fs.FS) ([]byte, error) {
 			return fs.SkipDir
 		case d.IsDir():
 			return nil
+		case d.Type() == fs.ModeSymlink: // as it is: whether it is good is for the compiler to say
+			to, err := fs.ReadLink(tree, path)
+			if err != nil {
+				return fmt.Errorf("read link %s: %w", path, err)
+			}
+			return w.WriteHeader(&tar.Header{Name: path, Linkname: to, Mode: 0o777, Typeflag: tar.TypeSymlink})
 		case !d.Type().IsRegular():
 			return fmt.Errorf("%s is not a regular file", path)
 		}
