@@ -76,10 +76,8 @@ func (s *Store) Propose(ctx context.Context, t command.Txn) (command.Result, err
 func (s *Store) enqueue(p *proposal) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	select {
-	case <-s.closing:
-		return ErrClosed
-	default:
+	if err := s.refusal(); err != nil {
+		return err
 	}
 	s.waiting = append(s.waiting, p)
 	select {
@@ -186,6 +184,9 @@ func answer(batch []*proposal, out outcome) {
 // acknowledged, and that a quorum still follows, holds every acknowledged change,
 // because it acknowledges its own only after it has applied them.
 func (s *Store) Read(ctx context.Context) (*state.State, error) {
+	if err := s.refusal(); err != nil {
+		return nil, err
+	}
 	term := s.raft.CurrentTerm()
 	if s.readTerm.Load() != term {
 		if !s.IsLeader() {
@@ -196,7 +197,7 @@ func (s *Store) Read(ctx context.Context) (*state.State, error) {
 		}
 		term = s.readTerm.Load()
 	}
-	if err := s.wait(ctx, s.raft.VerifyLeader()); err != nil {
+	if err := s.ask(ctx, func() raft.Future { return s.raft.VerifyLeader() }); err != nil {
 		return nil, s.readError(ctx, err)
 	}
 	if s.raft.CurrentTerm() != term {
@@ -209,7 +210,7 @@ func (s *Store) Read(ctx context.Context) (*state.State, error) {
 // acknowledged.
 func (s *Store) catchUp(ctx context.Context) error {
 	term := s.raft.CurrentTerm()
-	if err := s.wait(ctx, s.raft.Barrier(0)); err != nil {
+	if err := s.ask(ctx, func() raft.Future { return s.raft.Barrier(0) }); err != nil {
 		return s.readError(ctx, err)
 	}
 	if s.raft.CurrentTerm() != term {
@@ -221,7 +222,7 @@ func (s *Store) catchUp(ctx context.Context) error {
 
 func (s *Store) readError(ctx context.Context, err error) error {
 	switch {
-	case ctx.Err() != nil, errors.Is(err, ErrClosed):
+	case ctx.Err() != nil, errors.Is(err, ErrClosed), errors.Is(err, ErrFatal):
 		return fmt.Errorf("read: %w", err)
 	case errors.Is(err, raft.ErrLeadershipLost):
 		return s.notLeader()
@@ -229,17 +230,44 @@ func (s *Store) readError(ctx context.Context, err error) error {
 	return s.raftError(err)
 }
 
-// wait waits for a future, but not longer than ctx or the store last.
-func (s *Store) wait(ctx context.Context, f raft.Future) error {
+// ask waits for what raft answers to a question, but not longer than ctx or the
+// store last.
+func (s *Store) ask(ctx context.Context, question func() raft.Future) error {
+	s.mu.Lock()
+	err := s.refusal()
+	if err == nil {
+		s.asking.Add(1)
+	}
+	s.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	done := make(chan error, 1)
-	go func() { done <- f.Error() }()
+	go func() {
+		defer s.asking.Done()
+		done <- question().Error()
+	}()
 	select {
 	case err := <-done:
 		return err
 	case <-s.closing:
 		return ErrClosed
+	case <-s.fsm.stopped:
+		return *s.fsm.fatal.Load()
 	case <-ctx.Done():
 		return context.Cause(ctx)
+	}
+}
+
+// refusal is why raft is not to be asked any more, nil as long as it is.
+func (s *Store) refusal() error {
+	select {
+	case <-s.closing:
+		return ErrClosed
+	case <-s.fsm.stopped:
+		return *s.fsm.fatal.Load()
+	default:
+		return nil
 	}
 }
 
@@ -313,7 +341,7 @@ func (s *Store) becomeReady() bool {
 	default:
 	}
 	settings := s.View().Settings()
-	if id, _ := s.Leader(); id == "" || settings == nil {
+	if id, _ := s.Leader(); id == "" || settings == nil || s.fsm.fatal.Load() != nil {
 		return false
 	}
 	if s.IsLeader() && s.readTerm.Load() != s.raft.CurrentTerm() {

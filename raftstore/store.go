@@ -118,7 +118,8 @@ type Store struct {
 	// readTerm is the term in which this server, as leader, has applied everything
 	// that earlier leaders acknowledged; zero before that.
 	readTerm  atomic.Uint64
-	stopRaft  func() error // stops raft once, and waits for it
+	asking    sync.WaitGroup // questions that raft has not answered yet
+	stopRaft  func() error   // stops raft once, and waits for it
 	ready     chan struct{}
 	closing   chan struct{}
 	landed    chan struct{} // closed when every proposal is answered, after closing
@@ -219,13 +220,7 @@ func (s *Store) startRaft() error {
 	if err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
-	s.stopRaft = sync.OnceValue(func() error {
-		defer close(s.stopped)
-		if err := s.raft.Shutdown().Error(); err != nil {
-			return fmt.Errorf("stop raft: %w", err)
-		}
-		return nil
-	})
+	s.stopRaft = sync.OnceValue(s.shutdownRaft)
 	s.campaignIfAlone()
 	return nil
 }
@@ -321,6 +316,9 @@ func (s *Store) Ready() <-chan struct{} { return s.ready }
 
 // WaitReady waits for [Store.Ready].
 func (s *Store) WaitReady(ctx context.Context) error {
+	if fatal := s.fsm.fatal.Load(); fatal != nil {
+		return *fatal
+	}
 	select {
 	case <-s.ready:
 		return nil
@@ -375,14 +373,36 @@ func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
 		close(s.closing)
 		s.hub.close()
-		select { // entries under way may still be acknowledged
-		case <-s.landed:
-		case <-s.stopped:
-		case <-time.After(closeTimeout):
-		}
+		s.await(s.landed) // entries under way may still be acknowledged
 		s.closeErr = s.release()
 	})
 	return s.closeErr
+}
+
+// await waits for done, but not longer than closeTimeout or raft last.
+func (s *Store) await(done <-chan struct{}) {
+	timer := time.NewTimer(closeTimeout)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-s.stopped:
+	case <-timer.C:
+	}
+}
+
+// shutdownRaft stops raft and waits for it. Raft forgets questions that are open when
+// it stops, so they are waited for; new ones are refused already.
+func (s *Store) shutdownRaft() error {
+	defer close(s.stopped)
+	s.mu.Lock() // who passed refusal before has been counted
+	answered := make(chan struct{})
+	s.mu.Unlock()
+	go func() { s.asking.Wait(); close(answered) }()
+	s.await(answered)
+	if err := s.raft.Shutdown().Error(); err != nil {
+		return fmt.Errorf("stop raft: %w", err)
+	}
+	return nil
 }
 
 // release gives back, in reverse order, whatever Open got hold of.
