@@ -169,6 +169,7 @@ func TestLive(t *testing.T) {
 	eventually(t, "the pod to be ready", func() bool { return ready(w.plane.pod("live")) })
 	t.Logf("two containers after an init container ready after %s", time.Since(begin).Round(time.Millisecond))
 
+	t.Logf("events:\n%s", strings.Join(w.plane.events("live"), "\n"))
 	logStepTimes(t, w.config.Registerer.(*prometheus.Registry))
 	logs := w.output(t, "a")
 	for _, want := range []string{"hello", "made-by-init", "node=n1 ip=10.98.0.1", "10.98.0.1\tlive"} {
@@ -199,7 +200,7 @@ func TestLive(t *testing.T) {
 	before := w.status("live", "a")
 	stop()
 	stop = start()
-	eventually(t, "the new agent to report the node", func() bool { return w.adopted(t) })
+	eventually(t, "the new agent to take over", func() bool { return w.adopted(t) })
 	if after := w.status("live", "a"); after.ContainerID != before.ContainerID || after.RestartCount != 1 || !after.Ready {
 		t.Errorf("adopted %+v as %+v", before, after)
 	}
@@ -219,7 +220,8 @@ func TestLive(t *testing.T) {
 }
 
 func (w *world) adopted(t *testing.T) bool {
-	return w.pid(t, "a") > 0 && ready(w.plane.pod("live"))
+	_, err := w.agent.Exec(t.Context(), "default", "live", "a", agent.ExecConfig{Command: []string{"/busybox", "true"}})
+	return err == nil && ready(w.plane.pod("live"))
 }
 
 func (w *world) output(t *testing.T, container string) string {
