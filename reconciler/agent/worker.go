@@ -54,6 +54,7 @@ type inputs struct {
 
 type runningStep struct {
 	action Action
+	id     string
 	cancel context.CancelFunc
 }
 
@@ -158,7 +159,7 @@ func (w *worker) observe() {
 		w.takeInputs()
 	}
 	if s, n := w.agent.obs.get(w.uid); n >= w.minList && n > 0 {
-		w.setSandbox(s)
+		w.setSandbox(w.unfinished(s))
 	}
 	if !w.adopted {
 		w.adopted = true
@@ -189,6 +190,29 @@ func (w *worker) takeInputs() {
 	}
 	// What was missing may be there now; looking costs nothing.
 	maps.DeleteFunc(w.local.Retry, func(_ RetryKey, r Retry) bool { return r.Reason == reasonConfigError })
+}
+
+// unfinished shows containers that are just being started as not started yet: what
+// a list says of them meanwhile may be any stage of the start, and must not be
+// taken for an end. The list after the start counts.
+func (w *worker) unfinished(s *Sandbox) *Sandbox {
+	if s == nil || w.sandbox == nil {
+		return s
+	}
+	out := s
+	for i, c := range s.Containers {
+		if w.local.InFlight[c.Name] != StartContainer || w.steps[c.Name].id != c.ID || c.State == Created {
+			continue
+		}
+		if out == s {
+			clone := *s
+			clone.Containers = slices.Clone(s.Containers)
+			out = &clone
+		}
+		out.Containers[i].State, out.Containers[i].ExitCode = Created, 0
+		out.Containers[i].StartedAt, out.Containers[i].FinishedAt = time.Time{}, time.Time{}
+	}
+	return out
 }
 
 // setSandbox takes over what the runtime holds, and says what became of containers.
@@ -222,7 +246,7 @@ func (w *worker) start(ctx context.Context, step Step, now time.Time) {
 		w.frozen = true
 	}
 	ctx, cancel := context.WithCancel(ctx)
-	w.steps[step.Lane()] = runningStep{step.Action, cancel}
+	w.steps[step.Lane()] = runningStep{step.Action, step.ID, cancel}
 	job := w.job(step)
 	w.group.Go(func() {
 		defer cancel()

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/moby/sys/mountinfo"
 	"golang.org/x/sys/unix"
@@ -110,10 +111,8 @@ func SubPath(m Mounter, root, sub, target string) (string, error) {
 		return "", fmt.Errorf("subPath %q: %w", sub, err)
 	}
 	defer r.Close()
-	if _, err := r.Stat(sub); errors.Is(err, fs.ErrNotExist) {
-		if err := r.MkdirAll(sub, 0o750); err != nil {
-			return "", fmt.Errorf("subPath %q: make folder: %w", sub, err)
-		}
+	if err := makeFolders(r, sub); err != nil {
+		return "", fmt.Errorf("subPath %q: make folder: %w", sub, err)
 	}
 	f, err := r.OpenFile(sub, os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
@@ -128,6 +127,30 @@ func SubPath(m Mounter, root, sub, target string) (string, error) {
 		return "", fmt.Errorf("subPath %q: %w", sub, err)
 	}
 	return target, m.Bind(f.Fd(), target)
+}
+
+// makeFolders makes what is missing of sub, as open as the volume itself.
+func makeFolders(r *os.Root, sub string) error {
+	if _, err := r.Stat(sub); !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	info, err := r.Stat(".")
+	if err != nil {
+		return err
+	}
+	path := ""
+	for part := range strings.SplitSeq(filepath.Clean(sub), "/") {
+		path = filepath.Join(path, part)
+		if err := r.Mkdir(path, 0o700); errors.Is(err, fs.ErrExist) {
+			continue
+		} else if err != nil {
+			return err
+		}
+		if err := r.Chmod(path, info.Mode()&(fs.ModePerm|fs.ModeSetgid)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // makeTarget makes the empty folder or file that a bind mount covers.
