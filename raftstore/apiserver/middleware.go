@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"context"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http"
 	"runtime/debug"
@@ -34,24 +33,30 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 		s.metrics.observe(r.Method, rec.code, time.Since(start))
-		// Queries may name things, but never carry secrets; bodies are not logged.
-		s.log.Debug("served", "method", r.Method, "path", r.URL.Path, "query", slog.StringValue(clip(r.URL.RawQuery, 512)),
+		s.log.Debug("served", "method", r.Method, "path", r.URL.Path, "query", loggedQuery(r),
 			"code", rec.code, "bytes", rec.written, "user", who.Name, "remote", r.RemoteAddr, "took", time.Since(start))
 	}()
 	if !known && !health[r.URL.Path] {
 		s.fail(rec, r, statusError(http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "a client certificate signed by the cluster's CA is needed"))
 		return
 	}
+	if r.Header.Get("Impersonate-User") != "" { // ignoring it would do more than was asked for
+		s.fail(rec, r, statusError(http.StatusBadRequest, metav1.StatusReasonBadRequest, "impersonation is not supported: use a certificate of that user"))
+		return
+	}
 	ctx := WithIdentity(r.Context(), who)
-	if !s.mounted(r.URL.Path) { // mounted handlers know their own limits
+	control := http.NewResponseController(w)
+	// A connection remembers the deadline of the request before: streams and mounted
+	// handlers, which know their own limits, begin with none.
+	_ = control.SetWriteDeadline(time.Time{}) // not supported by test recorders
+	if !s.mounted(r.URL.Path) {
 		if !streaming(r) {
 			var cancel context.CancelFunc
 			ctx, cancel = context.WithTimeout(ctx, s.cfg.Request)
 			defer cancel()
 			deadline := time.Now().Add(s.cfg.Request)
-			c := http.NewResponseController(w)
-			_ = c.SetReadDeadline(deadline) // not supported by test recorders
-			_ = c.SetWriteDeadline(deadline)
+			_ = control.SetReadDeadline(deadline)
+			_ = control.SetWriteDeadline(deadline)
 		}
 		limit := s.cfg.Body
 		if strings.HasSuffix(r.URL.Path, "/plan") {
@@ -100,6 +105,15 @@ func streaming(r *http.Request) bool {
 	q := r.URL.Query()
 	return q.Get("watch") == "true" || q.Get("watch") == "1" || q.Get("follow") == "true" ||
 		strings.HasSuffix(r.URL.Path, "/exec") || strings.HasSuffix(r.URL.Path, "/log")
+}
+
+// loggedQuery is the part of a query that is fit for the log: what a person types
+// into a container is not, and no more are queries of mounted handlers' clients.
+func loggedQuery(r *http.Request) string {
+	if strings.HasSuffix(r.URL.Path, "/exec") || !strings.HasPrefix(r.URL.Path, "/api") {
+		return ""
+	}
+	return clip(r.URL.RawQuery, 512)
 }
 
 func clip(s string, n int) string { return s[:min(n, len(s))] }

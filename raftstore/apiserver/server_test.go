@@ -30,7 +30,15 @@ import (
 	"decree.dev/decree/schemas/api"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// client-go leaves the readers of a cancelled WebSocket session behind.
+	const left = "k8s.io/client-go/tools/remotecommand."
+	goleak.VerifyTestMain(m,
+		goleak.IgnoreAnyFunction(left+"(*streamProtocolV2).copyStdout.func1"),
+		goleak.IgnoreAnyFunction(left+"watchErrorStream.func1"),
+		goleak.IgnoreAnyFunction(left+"(*heartbeat).start"),
+		goleak.IgnoreAnyFunction(left+"(*wsStreamExecutor).StreamWithContext.func1"))
+}
 
 // fixture is a server on loopback with a real store, and certificates for it.
 type fixture struct {

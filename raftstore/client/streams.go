@@ -15,10 +15,12 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/go-logr/logr"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/remotecommand"
 	"k8s.io/client-go/util/exec"
+	"k8s.io/klog/v2"
 
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/schemas/api"
@@ -90,7 +92,8 @@ func (c *Client) Exec(ctx context.Context, namespace, pod string, e apiserver.Ex
 	if e.TTY && e.Resize != nil {
 		opts.TerminalSizeQueue = sizeQueue{ctx, e.Resize}
 	}
-	err = executor.StreamWithContext(ctx, opts)
+	// What goes wrong is returned; the library would also write it to stderr.
+	err = executor.StreamWithContext(klog.NewContext(ctx, logr.Discard()), opts)
 	var exit exec.CodeExitError
 	if errors.As(err, &exit) {
 		return exit.Code, nil

@@ -2,7 +2,6 @@ package api
 
 import (
 	"fmt"
-	"net/url"
 	"strings"
 	"time"
 
@@ -143,16 +142,19 @@ func podRestarts(p *corev1.Pod, now time.Time) string {
 	return fmt.Sprintf("%d (%s ago)", count, age(last, now))
 }
 
-// RedactURL returns a repository URL without its user name and password, fit for
-// tables and logs.
+// RedactURL returns a repository URL without user name and password, fit for tables
+// and logs. The user of an ssh address is a part of it and stays.
 func RedactURL(s string) string {
-	u, err := url.Parse(s)
-	if err != nil || u.User == nil || u.Host == "" {
+	scheme, rest, ok := strings.Cut(s, "://")
+	if !ok || !strings.HasPrefix(scheme, "http") {
 		return s
 	}
-	if !strings.HasPrefix(u.Scheme, "http") {
-		return s // the user of an ssh URL is part of the address
+	host, path, slash := strings.Cut(rest, "/")
+	if i := strings.LastIndexByte(host, '@'); i >= 0 {
+		host = host[i+1:]
 	}
-	u.User = nil
-	return u.String()
+	if slash {
+		path = "/" + path
+	}
+	return scheme + "://" + host + path
 }
