@@ -41,15 +41,21 @@ func newObjectDir(dir string) *objectDir { return &objectDir{dir: dir} }
 func (o *objectDir) storage() *filesystem.ObjectStorage {
 	if o.store == nil {
 		lru := cache.NewObjectLRU(objectCacheBytes)
-		o.store = &filesystem.NewStorage(osfs.New(o.dir, osfs.WithBoundOS()), lru).ObjectStorage
+		// Keeping packs open saves an open and a close for every object of a clone.
+		opts := filesystem.Options{KeepDescriptors: true}
+		o.store = &filesystem.NewStorageWithOptions(osfs.New(o.dir, osfs.WithBoundOS()), lru, opts).ObjectStorage
 	}
 	return o.store
 }
 
-// refresh forgets the index of packs, so that the next read sees new ones.
+// refresh closes packs and forgets their indexes, so that the next read sees new
+// ones.
 func (o *objectDir) refresh() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if o.store != nil {
+		_ = o.store.Close() // files open for reading
+	}
 	o.store = nil
 }
 
@@ -60,6 +66,11 @@ func (o *objectDir) read(h plumbing.Hash) (plumbing.ObjectType, []byte, error) {
 	if err != nil {
 		return 0, nil, fmt.Errorf("read object %s: %w", h, err)
 	}
+	return readObject(h, obj)
+}
+
+// readObject reads all of an object.
+func readObject(h plumbing.Hash, obj plumbing.EncodedObject) (plumbing.ObjectType, []byte, error) {
 	r, err := obj.Reader()
 	if err != nil {
 		return 0, nil, fmt.Errorf("read object %s: %w", h, err)

@@ -11,7 +11,6 @@ func encodePEM(w io.Writer, kind string, der []byte) {
 		panic(err)
 	}
 }
-func maybeHelper() bool { return false }
 
 var pcg = rand.New(rand.NewPCG(1, 2))
 
