@@ -1,8 +1,8 @@
 package nft
 
 import (
-	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"net/netip"
@@ -10,7 +10,6 @@ import (
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
-	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/netplane/render"
 )
@@ -42,8 +41,20 @@ func tag(f *family, rule []expr.Any) ([]byte, error) {
 	return fmt.Appendf([]byte{0, 24}, "decree %016x\x00", h.Sum64()), nil
 }
 
-// read loads everything of one family.
+// readAttempts bounds how often a table is read that changes meanwhile. Any
+// change of any table counts: some hosts have busy ones.
+const readAttempts = 10
+
+// readFamily loads everything of one family.
 func (s *Services) readFamily(f *family) (*actual, error) {
+	a, err := s.readOnce(f)
+	for i := 1; i < readAttempts && errors.Is(err, errInterrupted); i++ {
+		a, err = s.readOnce(f)
+	}
+	return a, err
+}
+
+func (s *Services) readOnce(f *family) (*actual, error) {
 	a := &actual{chains: map[string]bool{}, byPort: map[render.Port][]element{}}
 	t := s.table(f)
 	tables, err := s.conn.ListTablesOfFamily(f.nf)
@@ -64,23 +75,24 @@ func (s *Services) readFamily(f *family) (*actual, error) {
 		if id == affinity {
 			continue
 		}
-		es, err := s.conn.GetSetElements(f.set(t, id))
+		size := f.set(t, id).KeyType.Bytes
+		err := s.wire.contents(f, t.Name, id, func(e element) {
+			a.sound = a.sound && len(e.key) == int(size)
+			if a.sound {
+				a.add(f, e)
+			}
+		})
 		if err != nil {
 			return nil, fmt.Errorf("read set %s %s %s: %w", f.name, t.Name, setNames[id], err)
-		}
-		for i := range es {
-			a.add(f, id, &es[i])
 		}
 	}
 	return a, nil
 }
 
-func (a *actual) add(f *family, id setID, se *nftables.SetElement) {
-	e := element{set: id, key: string(se.Key), val: string(se.Val), end: se.IntervalEnd}
+func (a *actual) add(f *family, e element) {
 	key := e.key
-	switch id {
+	switch e.set {
 	case services:
-		e.val = verdictChain(se.Val)
 	case endpoints, identities, live:
 		key = key[4:]
 	case closed:
@@ -90,16 +102,6 @@ func (a *actual) add(f *family, id setID, se *nftables.SetElement) {
 	}
 	p := f.port(key)
 	a.byPort[p] = append(a.byPort[p], e)
-}
-
-// verdictChain takes the chain out of an encoded verdict.
-func verdictChain(b []byte) (chain string) {
-	attributes(b, func(kind uint16, v []byte) {
-		if kind == unix.NFTA_VERDICT_CHAIN {
-			chain = string(bytes.TrimRight(v, "\x00"))
-		}
-	})
-	return chain
 }
 
 func (s *Services) checkSets(f *family, t *nftables.Table) (bool, error) {
@@ -196,6 +198,9 @@ func (f *family) service(p render.Port, es []element) (render.Service, bool) {
 				known, n, s.Affinity = true, count, timeout
 			}
 		case endpoints:
+			if len(e.val) < f.addrPortBytes() {
+				continue
+			}
 			eps = append(eps, indexed{binary.NativeEndian.Uint32([]byte(e.key[:4])), f.addrPort(e.val)})
 		}
 	}

@@ -82,5 +82,4 @@ func (f *family) addrPort(b string) netip.AddrPort {
 	return netip.AddrPortFrom(f.addr(b), binary.BigEndian.Uint16([]byte(b[f.bytes:f.bytes+2])))
 }
 
-func (f *family) portBytes() int     { return f.bytes + 8 }
 func (f *family) addrPortBytes() int { return f.bytes + 4 }

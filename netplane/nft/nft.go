@@ -31,10 +31,10 @@ import (
 // DefaultTable is the name of the tables unless told otherwise.
 const DefaultTable = "decree"
 
-// maxTransaction is how many elements go to the kernel at once: enough to make the
-// price of a commit small, few enough to keep packets and other users of nftables
-// from waiting.
-const maxTransaction = 2000
+// maxTransaction is how many elements go to the kernel at once. The kernel checks all
+// that services lead to in each transaction that adds a service, so that few large
+// ones are faster; a bound keeps other users of nftables from waiting long.
+const maxTransaction = 16000
 
 // maxIdleChains is how many balancers without a service are kept for the next one.
 const maxIdleChains = 64

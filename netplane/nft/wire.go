@@ -21,6 +21,10 @@ const (
 	replyTimeout = 10 * time.Second
 )
 
+// errInterrupted: the tables changed while they were read. The rest of that answer
+// is skipped by its number.
+var errInterrupted = errors.New("the tables changed while they were read")
+
 // wire sends set elements to the kernel. It is apart from the netlink library
 // because that one costs several allocations for each attribute of each element,
 // and a cluster's services are hundreds of thousands of them.
@@ -92,7 +96,7 @@ func (w *wire) commit(ctx context.Context, f *family, table string, dels, adds [
 func (w *wire) reply(first, want uint32) error {
 	for {
 		done := false
-		err := w.receive(func(kind uint16, seq uint32, body []byte) error {
+		err := w.receive(func(kind, _ uint16, seq uint32, body []byte) error {
 			if kind != unix.NLMSG_ERROR || seq-first > want-first {
 				return nil
 			}
@@ -208,43 +212,101 @@ func (w *wire) ruleTags(f *family, table string) (map[string][]string, error) {
 	at := w.message(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, uint8(f.nf), 0)
 	w.attr(unix.NFTA_RULE_TABLE, table+"\x00")
 	w.end(at)
+	tags := map[string][]string{}
+	err := w.dump(unix.NFT_MSG_NEWRULE, func(body []byte) {
+		chain, tag := "", ""
+		attributes(body, func(kind uint16, v []byte) {
+			switch kind {
+			case unix.NFTA_RULE_CHAIN:
+				chain = string(bytes.TrimRight(v, "\x00"))
+			case unix.NFTA_RULE_USERDATA:
+				tag = string(v)
+			}
+		})
+		tags[chain] = append(tags[chain], tag)
+	})
+	return tags, err
+}
+
+// contents hands on the elements of a set. The kernel begins at the start of a set
+// for every datagram, so that reading it in large ones matters.
+func (w *wire) contents(f *family, table string, id setID, each func(element)) error {
+	w.buf = w.buf[:0]
+	at := w.message(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETSETELEM, unix.NLM_F_DUMP, uint8(f.nf), 0)
+	w.attr(unix.NFTA_SET_ELEM_LIST_TABLE, table+"\x00")
+	w.attr(unix.NFTA_SET_ELEM_LIST_SET, setNames[id]+"\x00")
+	w.end(at)
+	return w.dump(unix.NFT_MSG_NEWSETELEM, func(body []byte) {
+		attributes(body, func(kind uint16, list []byte) {
+			if kind != unix.NFTA_SET_ELEM_LIST_ELEMENTS {
+				return
+			}
+			attributes(list, func(_ uint16, item []byte) { each(decodeElement(id, item)) })
+		})
+	})
+}
+
+func decodeElement(id setID, item []byte) element {
+	e := element{set: id}
+	attributes(item, func(kind uint16, v []byte) {
+		switch kind {
+		case unix.NFTA_SET_ELEM_FLAGS:
+			e.end = len(v) == 4 && binary.BigEndian.Uint32(v)&unix.NFT_SET_ELEM_INTERVAL_END != 0
+		case unix.NFTA_SET_ELEM_KEY:
+			attributes(v, func(_ uint16, v []byte) { e.key = string(v) })
+		case unix.NFTA_SET_ELEM_DATA:
+			attributes(v, func(kind uint16, v []byte) {
+				if kind == unix.NFTA_DATA_VERDICT {
+					e.val = verdictChain(v)
+				} else {
+					e.val = string(v)
+				}
+			})
+		}
+	})
+	return e
+}
+
+// verdictChain takes the chain out of an encoded verdict.
+func verdictChain(b []byte) (chain string) {
+	attributes(b, func(kind uint16, v []byte) {
+		if kind == unix.NFTA_VERDICT_CHAIN {
+			chain = string(bytes.TrimRight(v, "\x00"))
+		}
+	})
+	return chain
+}
+
+// dump sends the request in w.buf and hands on the bodies of the answers of a kind,
+// after their nfgenmsg.
+func (w *wire) dump(want uint16, each func(body []byte)) error {
 	seq := w.seq
 	if err := unix.Sendto(w.fd, w.buf, 0, &unix.SockaddrNetlink{Family: unix.AF_NETLINK}); err != nil {
-		return nil, fmt.Errorf("ask for rules: %w", err)
+		return fmt.Errorf("send netlink request: %w", err)
 	}
-	tags := map[string][]string{}
-	for {
-		done := false
-		err := w.receive(func(kind uint16, s uint32, body []byte) error {
+	for done := false; !done; {
+		err := w.receive(func(kind, flags uint16, s uint32, body []byte) error {
 			switch {
 			case s != seq:
-			case kind == unix.NLMSG_DONE:
-				done = true
-			case kind == unix.NLMSG_ERROR:
+			case flags&unix.NLM_F_DUMP_INTR != 0:
+				return errInterrupted
+			case kind == unix.NLMSG_DONE || kind == unix.NLMSG_ERROR:
 				done = true
 				return errnoOf(body)
-			case kind == unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWRULE:
-				chain, tag := "", ""
-				attributes(body[4:], func(kind uint16, v []byte) {
-					switch kind {
-					case unix.NFTA_RULE_CHAIN:
-						chain = string(bytes.TrimRight(v, "\x00"))
-					case unix.NFTA_RULE_USERDATA:
-						tag = string(v)
-					}
-				})
-				tags[chain] = append(tags[chain], tag)
+			case kind == unix.NFNL_SUBSYS_NFTABLES<<8|want:
+				each(body[4:])
 			}
 			return nil
 		})
-		if err != nil || done {
-			return tags, err
+		if err != nil {
+			return err
 		}
 	}
+	return nil
 }
 
 // receive reads one datagram and hands on its messages.
-func (w *wire) receive(each func(kind uint16, seq uint32, body []byte) error) error {
+func (w *wire) receive(each func(kind, flags uint16, seq uint32, body []byte) error) error {
 	n, _, err := unix.Recvfrom(w.fd, w.in[:], 0)
 	for errors.Is(err, unix.EINTR) {
 		n, _, err = unix.Recvfrom(w.fd, w.in[:], 0)
@@ -257,7 +319,7 @@ func (w *wire) receive(each func(kind uint16, seq uint32, body []byte) error) er
 		if size < unix.NLMSG_HDRLEN+4 || size > len(b) {
 			return fmt.Errorf("netlink reply of %d bytes in a datagram of %d: %w", size, len(b), unix.EBADMSG)
 		}
-		if err := each(binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint32(b[8:]), b[unix.NLMSG_HDRLEN:size]); err != nil {
+		if err := each(binary.NativeEndian.Uint16(b[4:]), binary.NativeEndian.Uint16(b[6:]), binary.NativeEndian.Uint32(b[8:]), b[unix.NLMSG_HDRLEN:size]); err != nil {
 			return err
 		}
 		b = b[min((size+3)&^3, len(b)):]

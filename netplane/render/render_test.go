@@ -184,4 +184,3 @@ func BenchmarkRender(b *testing.B) {
 		Render(d)
 	}
 }
-
