@@ -56,9 +56,7 @@ func (f *fsm) Apply(entry *raft.Log) any {
 		}
 		f.metrics.outcome(results[i])
 	}
-	// The state comes first: who hears of a change finds it in View.
-	f.swap(next)
-	f.hub.publish(next.Revision(), batches)
+	f.hub.publish(next.Revision(), batches, func() { f.swap(next) })
 	f.metrics.applySeconds.Observe(time.Since(start).Seconds())
 	return results
 }
@@ -88,8 +86,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	if err != nil {
 		return err
 	}
-	f.swap(s)
-	f.hub.reset(s.Revision())
+	f.hub.reset(s.Revision(), func() { f.swap(s) })
 	return nil
 }
 

@@ -202,21 +202,17 @@ func (s *Store) startRaft() error {
 	if err := syncDir(s.cfg.Dir); err != nil {
 		return err
 	}
-	cached, err := raft.NewLogCache(64, bolt)
-	if err != nil {
-		return fmt.Errorf("open the log: %w", err)
-	}
 	if s.cfg.Transport == nil {
 		s.cfg.Transport = loopback(raft.ServerAddress(s.cfg.NodeID))
 	}
 	cfg := s.raftConfig()
 	cfg.Logger = logger
 	if s.cfg.Bootstrap != nil {
-		if err := s.bootstrapRaft(cfg, cached, snapshots); err != nil {
+		if err := s.bootstrapRaft(cfg, bolt, snapshots); err != nil {
 			return err
 		}
 	}
-	s.raft, err = raft.NewRaft(cfg, s.fsm, cached, bolt, snapshots, s.cfg.Transport)
+	s.raft, err = raft.NewRaft(cfg, s.fsm, bolt, bolt, snapshots, s.cfg.Transport)
 	if err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}

@@ -2,6 +2,7 @@ package raftstore
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sort"
 	"strconv"
@@ -141,9 +142,12 @@ func (h *hub) stream(r api.Resource) *stream {
 }
 
 // publish appends the changes of transactions, one batch each, that led to revision.
-func (h *hub) publish(revision uint64, batches [][]state.Event) {
+// It calls swap, which makes the new state visible, before anybody can hear of the
+// changes, and such that nobody who sees the state is told that it is too new.
+func (h *hub) publish(revision uint64, batches [][]state.Event, swap func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	swap()
 	if h.records.len() == 0 {
 		h.start(revision, batches)
 	}
@@ -204,9 +208,10 @@ func (h *hub) trim() {
 }
 
 // reset forgets everything: the state was replaced as a whole.
-func (h *hub) reset(revision uint64) {
+func (h *hub) reset(revision uint64, swap func()) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	swap()
 	h.records, h.bytes, h.revision = log[*record]{}, 0, revision
 	for _, s := range h.streams {
 		s.records = log[*record]{}
@@ -291,6 +296,9 @@ func (w *Watch) Next(ctx context.Context) ([]Event, error) {
 func (w *Watch) pull() ([]Event, <-chan struct{}, error) {
 	records, latest, wake, err := w.hub.read(w.filter.Resource, w.cursor)
 	if err != nil {
+		if errors.Is(err, ErrSlowWatcher) {
+			w.hub.metrics.slowWatchers.Inc()
+		}
 		return nil, nil, err
 	}
 	var events []Event
@@ -366,4 +374,21 @@ func (w *Watch) Progress() uint64 {
 		w.cursor = latest
 	}
 	return w.cursor
+}
+
+// WaitChange waits for a state with another revision than since, and returns it: what
+// a level-triggered loop needs that looks at everything.
+func (s *Store) WaitChange(ctx context.Context, since uint64) (*state.State, error) {
+	for {
+		if view := s.View(); view.Revision() != since {
+			return view, nil
+		}
+		w, err := s.hub.watch(since, Filter{})
+		if err == nil {
+			_, err = w.Next(ctx)
+		}
+		if err != nil && !errors.Is(err, ErrCompacted) { // compacted: it has changed
+			return nil, err
+		}
+	}
 }

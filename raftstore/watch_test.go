@@ -118,6 +118,31 @@ func TestHistoryIsBoundedInBytes(t *testing.T) {
 	}
 }
 
+func TestWaitChange(t *testing.T) {
+	s := open(t, config(t.TempDir()))
+	since := s.View().Revision()
+	ctx, cancel := context.WithCancel(timeout(t))
+	cancel()
+	if _, err := s.WaitChange(ctx, since); !errors.Is(err, context.Canceled) {
+		t.Fatalf("got %v", err)
+	}
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for seen := since; seen < since+20; {
+			view, err := s.WaitChange(timeout(t), seen)
+			if err != nil || view.Revision() <= seen {
+				t.Errorf("%v after revision %d", err, seen)
+				return
+			}
+			seen = view.Revision()
+		}
+	})
+	for i := range 20 {
+		must(t, s, create(configMap("c"+strconv.Itoa(i), "x")))
+	}
+	wg.Wait()
+}
+
 func TestOneTransactionComesTogether(t *testing.T) {
 	s := open(t, config(t.TempDir()))
 	w := watch(t, s, s.View().Revision(), raftstore.Filter{Resource: api.ConfigMaps})
@@ -206,6 +231,9 @@ func follow(t *testing.T, s *raftstore.Store, base *state.State, filter raftstor
 		}
 		if s.View().Revision() < seen {
 			t.Error("an event came before the state that has it")
+		}
+		if _, err := s.Watch(timeout(t), s.View().Revision(), filter); err != nil {
+			t.Errorf("watch from the revision of a view: %v", err)
 		}
 		if rand.IntN(4) == 0 {
 			if w, err = s.Watch(timeout(t), w.Progress(), filter); err != nil {

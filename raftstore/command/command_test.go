@@ -67,10 +67,8 @@ func asJSON(t *rapid.T, v any) string {
 }
 
 func TestObjectRoundTrip(t *testing.T) {
-	seen := map[api.Resource]bool{}
 	rapid.Check(t, func(t *rapid.T) {
 		o := drawObject(t)
-		seen[api.KindOf(o).Resource] = true
 		b, err := command.AppendObject(nil, o)
 		if err != nil {
 			t.Fatal(err)
@@ -93,9 +91,6 @@ func TestObjectRoundTrip(t *testing.T) {
 			t.Fatalf("decoded and encoded again, another result (%v)", err)
 		}
 	})
-	if len(seen) != len(api.Kinds()) && !testing.Short() {
-		t.Fatalf("only %d of %d kinds were drawn", len(seen), len(api.Kinds()))
-	}
 }
 
 // TestEveryKindRoundTrips does not depend on what rapid draws.
