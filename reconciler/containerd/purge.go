@@ -19,6 +19,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 )
 
+// runcRoot is where the shim has runc keep the state of containers.
+const runcRoot = "/run/containerd/runc"
+
 // Purge removes everything this Runtime made: containers, snapshots, images and
 // content of its containerd namespace and the namespace itself, sandboxes, cgroups,
 // mounts, logs and its folders. It goes on after an error and may be repeated. The
@@ -48,8 +51,9 @@ func (r *Runtime) Purge(ctx context.Context) error {
 	for _, dir := range []string{r.cfg.nsDir(), r.cfg.fifoDir(), r.cfg.sandboxDir(), r.cfg.logDir()} {
 		add("folders", os.RemoveAll(dir))
 	}
-	for _, dir := range []string{r.cfg.RunDir, r.cfg.Dir} {
-		_ = os.Remove(dir) // only when nothing of others lives there
+	// Only when empty: runc's folder of this namespace, and those that may be shared.
+	for _, dir := range []string{filepath.Join(runcRoot, r.cfg.Namespace), r.cfg.RunDir, filepath.Dir(r.cfg.RunDir), r.cfg.Dir} {
+		_ = os.Remove(dir)
 	}
 	return errors.Join(errs...)
 }
