@@ -145,7 +145,7 @@ type rawObject struct {
 
 // object checks one struct with apiVersion and kind, and decodes it.
 func (e *evaluator) object(f found) (rawObject, []api.Diagnostic) {
-	pos := f.pos
+	pos, fields := e.explain.places(f.value, f.around)
 	gv, err := schema.ParseGroupVersion(f.apiVersion)
 	kind, ok := api.KindForGVK(gv.WithKind(f.kind))
 	switch {
@@ -165,14 +165,11 @@ func (e *evaluator) object(f found) (rawObject, []api.Diagnostic) {
 	if err := u.Validate(cue.Concrete(true)); err != nil {
 		return rawObject{}, e.explain.object(kind, def, f.value, pos, err)
 	}
-	o := rawObject{Object: Object{Pos: pos, Fields: e.explain.fields(f.value, pos)}}
-	if diags := e.checkRules(def, u, o.Object, objectName(kind, f.value)); len(diags) > 0 {
-		return o, diags
-	}
+	o := rawObject{Object: Object{Pos: pos, Fields: fields}}
 	if o.Object.Object, o.raw, err = decode(kind, u); err != nil {
 		return o, []api.Diagnostic{{Pos: pos, Object: objectName(kind, f.value), Message: err.Error()}}
 	}
-	return o, e.checkDecoded(kind, o.Object)
+	return o, checkRules(o.Object, objectName(kind, f.value))
 }
 
 // unknownKind says which kinds there are.
@@ -202,10 +199,7 @@ func unknownKind(f found, pos api.Position) api.Diagnostic {
 }
 
 // kindDef is the definition of a kind.
-type kindDef struct {
-	value cue.Value
-	rules cue.Value // the definition's rules over several fields, if any
-}
+type kindDef struct{ value cue.Value }
 
 // kind returns the definition that validates objects of kind k.
 func (d *definitions) kind(k *api.Kind) (*kindDef, error) {
@@ -218,7 +212,10 @@ func (d *definitions) kind(k *api.Kind) (*kindDef, error) {
 		return nil, fmt.Errorf("the embedded module has no %s", k.CUE)
 	}
 	v := d.ctx.BuildInstance(inst)
-	def := &kindDef{value: v.LookupPath(cue.MakePath(cue.Def(name))), rules: v.LookupPath(cue.MakePath(cue.Def(name + "Rules")))}
+	if err := v.Err(); err != nil {
+		return nil, fmt.Errorf("the embedded package %s: %s", importPath, errors.Details(err, nil))
+	}
+	def := &kindDef{value: v.LookupPath(cue.MakePath(cue.Def(name)))}
 	if err := def.value.Err(); err != nil {
 		return nil, fmt.Errorf("the embedded definition %s: %s", k.CUE, errors.Details(err, nil))
 	}

@@ -15,7 +15,7 @@ var (
 type found struct {
 	value            cue.Value
 	apiVersion, kind string
-	pos              api.Position // where the user wrote it, or the field around it
+	around           api.Position // where the user wrote it, or what is around it
 }
 
 // walker discovers the objects of a package: any struct with apiVersion and kind, at
@@ -30,13 +30,13 @@ type walker struct {
 // walk visits the objects in v in the order of the source. pos is the place of what
 // is around v.
 func (w *walker) walk(v cue.Value, pos api.Position) {
-	if p := w.e.explain.position(v); p.File != "" {
-		pos = p
+	if p := valuePos(v); w.e.explain.isUser(p) {
+		pos = place(p)
 	}
 	switch v.IncompleteKind() {
 	case cue.StructKind, cue.BottomKind: // an error inside does not hide the rest
 		if f, ok := asObject(v); ok {
-			f.pos = pos
+			f.around = pos
 			w.visit(f)
 			return
 		}
