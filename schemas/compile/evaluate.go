@@ -109,11 +109,22 @@ func (e *evaluator) folder(dir string) []*packageResult {
 	return list
 }
 
-// evaluate builds one package and collects its objects and all that is wrong in it.
-func (e *evaluator) evaluate(p *pkg) *packageResult {
+// evaluate builds one package and collects its objects and all that is wrong in it. A
+// panic of the CUE evaluator, which some programs cause, is an error of the package.
+func (e *evaluator) evaluate(p *pkg) (r *packageResult) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			r = &packageResult{id: p.id(), deps: p.deps, diags: []api.Diagnostic{{
+				Pos:     api.Position{File: p.files[0]},
+				Message: fmt.Sprintf("CUE cannot evaluate this package: its evaluator fails with %q", fmt.Sprint(cause)),
+				Hint:    "write the last change in another way",
+			}}}
+			*e = *newEvaluator(newDefinitions(), e.tree) // the old state cannot be trusted
+		}
+	}()
 	inst := e.instance(p)
 	v := e.defs.ctx.BuildInstance(inst)
-	r := &packageResult{id: p.id(), deps: p.deps}
+	r = &packageResult{id: p.id(), deps: p.deps}
 	if inst.Err != nil {
 		// Syntax, imports, unresolved names: nothing was evaluated.
 		r.diags = order(e.explain.errors(inst.Err, ""), p.files[0])
@@ -131,7 +142,7 @@ func (e *evaluator) evaluate(p *pkg) *packageResult {
 	w.walk(v, api.Position{File: p.files[0], Line: 1})
 	r.diags = append(r.diags, w.diags...)
 	if err := v.Validate(); err != nil {
-		r.diags = append(r.diags, e.explain.rest(err, r.diags)...)
+		r.diags = append(r.diags, e.explain.rest(v, err, w.explained, r.diags)...)
 	}
 	r.diags = order(r.diags, p.files[0])
 	return r

@@ -58,8 +58,11 @@ func (x *explainer) isUser(p token.Pos) bool {
 // isDefinition reports whether a position is in the definitions of a kind, as
 // opposed to the user's files and the short form, which makes objects.
 func isDefinition(p token.Pos) bool {
-	return strings.HasPrefix(p.Filename(), schemaPrefix) && !strings.HasPrefix(p.Filename(), schemaPrefix+"decree.dev/app/")
+	return isEmbedded(p) && !strings.HasPrefix(p.Filename(), schemaPrefix+appPackage+"/")
 }
+
+// isEmbedded reports whether a position is in the embedded module.
+func isEmbedded(p token.Pos) bool { return strings.HasPrefix(p.Filename(), schemaPrefix) }
 
 // position returns where the user wrote v, without File if nowhere.
 func (x *explainer) position(v cue.Value) api.Position {

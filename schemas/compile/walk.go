@@ -25,6 +25,8 @@ type walker struct {
 	e     *evaluator
 	visit func(found)
 	diags []api.Diagnostic
+	// explained are the paths of the values whose errors are all in diagnostics.
+	explained []string
 }
 
 // walk visits the objects in v in the order of the source. pos is the place of what
@@ -38,12 +40,14 @@ func (w *walker) walk(v cue.Value, pos api.Position) {
 		if f, ok := asObject(v); ok {
 			f.around = pos
 			w.visit(f)
+			w.explained = append(w.explained, valuePath(v))
 			return
 		}
 		if v.Err() != nil {
 			// What an application in error produces is in error for the same reason.
-			if diags := w.e.explain.shortForm(v); len(diags) > 0 {
+			if diags := w.e.explain.shortForm(v, pos); len(diags) > 0 {
 				w.diags = append(w.diags, diags...)
+				w.explained = append(w.explained, valuePath(v))
 				return
 			}
 		}
@@ -54,6 +58,15 @@ func (w *walker) walk(v cue.Value, pos api.Position) {
 	for _, c := range children(v) {
 		w.walk(c.value, pos)
 	}
+}
+
+// valuePath is the path of v in its package as messages print it.
+func valuePath(v cue.Value) string {
+	at := ""
+	for _, sel := range v.Path().Selectors() {
+		at = join(at, sel)
+	}
+	return at
 }
 
 // asObject reports whether v has a concrete apiVersion and kind.
