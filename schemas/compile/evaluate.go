@@ -109,11 +109,22 @@ func (e *evaluator) folder(dir string) []*packageResult {
 	return list
 }
 
-// evaluate builds one package and collects its objects and all that is wrong in it.
-func (e *evaluator) evaluate(p *pkg) *packageResult {
+// evaluate builds one package and collects its objects and all that is wrong in it. A
+// panic of the CUE evaluator, which some programs cause, is an error of the package.
+func (e *evaluator) evaluate(p *pkg) (r *packageResult) {
+	defer func() {
+		if cause := recover(); cause != nil {
+			r = &packageResult{id: p.id(), deps: p.deps, diags: []api.Diagnostic{{
+				Pos:     api.Position{File: p.files[0]},
+				Message: fmt.Sprintf("CUE cannot evaluate this package: its evaluator fails with %q", fmt.Sprint(cause)),
+				Hint:    "write the last change in another way",
+			}}}
+			*e = *newEvaluator(newDefinitions(), e.tree) // the old state cannot be trusted
+		}
+	}()
 	inst := e.instance(p)
 	v := e.defs.ctx.BuildInstance(inst)
-	r := &packageResult{id: p.id(), deps: p.deps}
+	r = &packageResult{id: p.id(), deps: p.deps}
 	if inst.Err != nil {
 		// Syntax, imports, unresolved names: nothing was evaluated.
 		r.diags = order(e.explain.errors(inst.Err, ""), p.files[0])
@@ -131,7 +142,7 @@ func (e *evaluator) evaluate(p *pkg) *packageResult {
 	w.walk(v, api.Position{File: p.files[0], Line: 1})
 	r.diags = append(r.diags, w.diags...)
 	if err := v.Validate(); err != nil {
-		r.diags = append(r.diags, e.explain.rest(err, r.diags)...)
+		r.diags = append(r.diags, e.explain.rest(v, err, w.explained, r.diags)...)
 	}
 	r.diags = order(r.diags, p.files[0])
 	return r
@@ -145,7 +156,7 @@ type rawObject struct {
 
 // object checks one struct with apiVersion and kind, and decodes it.
 func (e *evaluator) object(f found) (rawObject, []api.Diagnostic) {
-	pos := f.pos
+	pos, fields := e.explain.places(f.value, f.around)
 	gv, err := schema.ParseGroupVersion(f.apiVersion)
 	kind, ok := api.KindForGVK(gv.WithKind(f.kind))
 	switch {
@@ -165,14 +176,11 @@ func (e *evaluator) object(f found) (rawObject, []api.Diagnostic) {
 	if err := u.Validate(cue.Concrete(true)); err != nil {
 		return rawObject{}, e.explain.object(kind, def, f.value, pos, err)
 	}
-	o := rawObject{Object: Object{Pos: pos, Fields: e.explain.fields(f.value, pos)}}
-	if diags := e.checkRules(def, u, o.Object, objectName(kind, f.value)); len(diags) > 0 {
-		return o, diags
-	}
+	o := rawObject{Object: Object{Pos: pos, Fields: fields}}
 	if o.Object.Object, o.raw, err = decode(kind, u); err != nil {
 		return o, []api.Diagnostic{{Pos: pos, Object: objectName(kind, f.value), Message: err.Error()}}
 	}
-	return o, e.checkDecoded(kind, o.Object)
+	return o, checkRules(o.Object, objectName(kind, f.value))
 }
 
 // unknownKind says which kinds there are.
@@ -202,10 +210,7 @@ func unknownKind(f found, pos api.Position) api.Diagnostic {
 }
 
 // kindDef is the definition of a kind.
-type kindDef struct {
-	value cue.Value
-	rules cue.Value // the definition's rules over several fields, if any
-}
+type kindDef struct{ value cue.Value }
 
 // kind returns the definition that validates objects of kind k.
 func (d *definitions) kind(k *api.Kind) (*kindDef, error) {
@@ -218,7 +223,10 @@ func (d *definitions) kind(k *api.Kind) (*kindDef, error) {
 		return nil, fmt.Errorf("the embedded module has no %s", k.CUE)
 	}
 	v := d.ctx.BuildInstance(inst)
-	def := &kindDef{value: v.LookupPath(cue.MakePath(cue.Def(name))), rules: v.LookupPath(cue.MakePath(cue.Def(name + "Rules")))}
+	if err := v.Err(); err != nil {
+		return nil, fmt.Errorf("the embedded package %s: %s", importPath, errors.Details(err, nil))
+	}
+	def := &kindDef{value: v.LookupPath(cue.MakePath(cue.Def(name)))}
 	if err := def.value.Err(); err != nil {
 		return nil, fmt.Errorf("the embedded definition %s: %s", k.CUE, errors.Details(err, nil))
 	}

@@ -10,9 +10,13 @@ import (
 	"cuelang.org/go/cue/ast"
 	"cuelang.org/go/cue/errors"
 	"cuelang.org/go/cue/format"
+	"cuelang.org/go/cue/token"
 
 	"decree.dev/decree/schemas/api"
 )
+
+// messageMissing is about a required field.
+const messageMissing = "the field is missing"
 
 // explainer turns what CUE finds wrong into diagnostics that a person can act on.
 //
@@ -30,8 +34,13 @@ type side struct {
 	x      *explainer
 	object string
 	diags  []api.Diagnostic
-	skip   map[string]bool // fields at the top that are not judged
+	skip   map[string]bool      // fields at the top that are not judged
+	isDef  func(token.Pos) bool // whether what is written there belongs to the definition
+	depth  int
 }
+
+// maxBranches bounds how many branches of a disjunction are tried.
+const maxBranches = 32
 
 func (s *side) report(pos api.Position, field, message, expected, found, hint string) {
 	s.diags = append(s.diags, api.Diagnostic{
@@ -42,7 +51,7 @@ func (s *side) report(pos api.Position, field, message, expected, found, hint st
 // object explains why v does not fit the definition of its kind; err is what CUE
 // says, and is used when the walk finds nothing.
 func (x *explainer) object(kind *api.Kind, def *kindDef, v cue.Value, pos api.Position, err error) []api.Diagnostic {
-	s := &side{x: x, object: objectName(kind, v)}
+	s := &side{x: x, object: objectName(kind, v), isDef: isDefinition}
 	s.walk("", v, def.value, pos)
 	if len(s.diags) > 0 {
 		return s.diags
@@ -58,12 +67,20 @@ func (x *explainer) object(kind *api.Kind, def *kindDef, v cue.Value, pos api.Po
 
 // walk judges v, which stands at field, by the definition def.
 func (s *side) walk(field string, v, def cue.Value, pos api.Position) {
-	data, ok := s.x.data(v)
+	data, ok := s.x.data(v, s.isDef)
 	if !ok {
 		return // nothing but the definition's own
 	}
+	if s.depth++; s.depth > 64 {
+		return
+	}
+	defer func() { s.depth-- }()
 	if p := s.x.position(v); p.File != "" {
 		pos = p
+	}
+	if branches := branchesOf(def); len(branches) > 1 && data.IncompleteKind() == cue.StructKind {
+		s.branches(field, v, data, def, branches, pos)
+		return
 	}
 	switch data.IncompleteKind() {
 	case cue.StructKind:
@@ -83,9 +100,9 @@ func (s *side) walk(field string, v, def cue.Value, pos api.Position) {
 
 // data returns the part of v that does not come from a definition; ok is false if
 // there is none.
-func (x *explainer) data(v cue.Value) (data cue.Value, ok bool) {
+func (x *explainer) data(v cue.Value, isDef func(token.Pos) bool) (data cue.Value, ok bool) {
 	for _, leaf := range x.leaves(v) {
-		if isDefinition(leaf.Pos()) {
+		if isDef(leaf.Pos()) {
 			continue
 		}
 		if !ok {
@@ -97,10 +114,59 @@ func (x *explainer) data(v cue.Value) (data cue.Value, ok bool) {
 	return data, ok
 }
 
+// branchesOf returns the alternatives of a disjunction that are structs, or nil.
+func branchesOf(def cue.Value) []cue.Value {
+	op, args := cue.Dereference(def).Expr()
+	if op != cue.OrOp || len(args) > maxBranches {
+		return nil
+	}
+	return args
+}
+
+// branches judges v by the branch of a disjunction that the user meant: the one with
+// the fewest objections, where a wrong constant (a discriminator) counts most.
+func (s *side) branches(field string, v, data, def cue.Value, branches []cue.Value, pos api.Position) {
+	best, cost := []api.Diagnostic(nil), -1
+	for _, b := range branches {
+		if b.IncompleteKind()&cue.StructKind == 0 && b.IncompleteKind() != cue.BottomKind {
+			continue
+		}
+		t := &side{x: s.x, object: s.object, isDef: s.isDef, depth: s.depth}
+		t.walk(field, v, b, pos)
+		c := 0
+		for _, d := range t.diags {
+			switch {
+			case isConstant(b, field, d.Field):
+				c += 100
+			case d.Message == messageMissing:
+				c += 2
+			default:
+				c += 3
+			}
+		}
+		if cost < 0 || c < cost {
+			best, cost = t.diags, c
+		}
+	}
+	if cost < 0 {
+		s.kindsMeet(field, data, def, pos)
+		return
+	}
+	s.diags = append(s.diags, best...)
+}
+
+// isConstant reports whether the branch fixes the field directly below at to one
+// value.
+func isConstant(branch cue.Value, at, field string) bool {
+	rest := strings.TrimPrefix(strings.TrimPrefix(field, at), ".")
+	v := branch.LookupPath(cue.MakePath(cue.Str(rest)))
+	return v.Exists() && v.IsConcrete() && v.IncompleteKind()&(cue.StructKind|cue.ListKind) == 0
+}
+
 // bottom handles a value that is in error without its definition: contents in error, or
 // the user's own conflict.
 func (s *side) bottom(field string, v, data, def cue.Value, pos api.Position) {
-	if len(children(v)) > 0 {
+	if len(children(v)) > 0 && def.Exists() {
 		before := len(s.diags)
 		if def.IncompleteKind() == cue.ListKind {
 			s.lists(field, v, data, def, pos)
@@ -111,6 +177,9 @@ func (s *side) bottom(field string, v, data, def cue.Value, pos api.Position) {
 			return
 		}
 	}
+	if s.ownDisjunction(field, v, pos) {
+		return
+	}
 	for _, d := range s.x.errors(data.Err(), s.object) {
 		if d.Pos.File == "" {
 			d.Pos = pos
@@ -118,6 +187,45 @@ func (s *side) bottom(field string, v, data, def cue.Value, pos api.Position) {
 		d.Field = field
 		s.diags = append(s.diags, d)
 	}
+}
+
+// ownDisjunction explains a value that fits no branch of a disjunction in the user's
+// own definitions; false if it is something else.
+func (s *side) ownDisjunction(field string, v cue.Value, pos api.Position) bool {
+	leaves := s.x.leaves(v)
+	for i, leaf := range leaves {
+		op, branches := leaf.Expr()
+		if op != cue.OrOp || len(branches) > maxBranches {
+			continue
+		}
+		var data cue.Value
+		for k, other := range leaves {
+			if k != i {
+				data = data.Unify(other)
+			}
+		}
+		if !data.Exists() {
+			return false
+		}
+		before := len(s.diags)
+		t := &side{x: s.x, object: s.object, isDef: func(token.Pos) bool { return false }, depth: s.depth + 1}
+		if data.IncompleteKind() == cue.StructKind {
+			t.branches(field, data, data, leaf, branches, pos)
+		} else {
+			t.scalar(field, data, leaf, s.x.placeOf(data, pos))
+		}
+		s.diags = append(s.diags, t.diags...)
+		return len(s.diags) > before
+	}
+	return false
+}
+
+// placeOf is where the user wrote v, or else around.
+func (x *explainer) placeOf(v cue.Value, around api.Position) api.Position {
+	if p := x.position(v); p.File != "" {
+		return p
+	}
+	return around
 }
 
 func (s *side) kindsMeet(field string, data, def cue.Value, pos api.Position) bool {
@@ -148,7 +256,7 @@ func (s *side) structs(field string, v, def cue.Value, pos api.Position) {
 	for _, f := range fieldsOf(def) {
 		if f.required && !present[f.name] || present[f.name] && f.required && !s.given(v, f.name) {
 			sub := def.LookupPath(cue.MakePath(cue.Str(f.name).Optional()))
-			s.report(pos, join(field, cue.Str(f.name)), "the field is missing", expected(sub), "", "")
+			s.report(pos, join(field, cue.Str(f.name)), messageMissing, expected(sub), "", "")
 		}
 	}
 }
@@ -156,7 +264,7 @@ func (s *side) structs(field string, v, def cue.Value, pos api.Position) {
 // given reports whether a required field has a value that the user, or a default,
 // provides.
 func (s *side) given(v cue.Value, name string) bool {
-	_, ok := s.x.data(v.LookupPath(cue.MakePath(cue.Str(name))))
+	_, ok := s.x.data(v.LookupPath(cue.MakePath(cue.Str(name))), s.isDef)
 	return ok
 }
 
@@ -439,23 +547,68 @@ func distance(a, b string) int {
 	return row[len(b)]
 }
 
-// shortForm explains an application (app.#App) that is in error; nil if v is none.
-func (x *explainer) shortForm(v cue.Value) []api.Diagnostic { return nil }
+// shortForm explains an application (app.#App) that is in error, by what the user
+// wrote in it and not by the objects it makes; nil if v is none, or that is in order.
+func (x *explainer) shortForm(v cue.Value, pos api.Position) []api.Diagnostic {
+	for _, leaf := range x.leaves(v) {
+		path := leaf.Path().Selectors()
+		if len(path) != 1 || !path[0].IsDefinition() || !strings.HasPrefix(leaf.Pos().Filename(), schemaPrefix+appPackage+"/") {
+			continue
+		}
+		s := &side{x: x, object: "app", isDef: isEmbedded, skip: map[string]bool{}}
+		if name, err := v.LookupPath(cue.ParsePath("name")).String(); err == nil {
+			s.object = fmt.Sprintf("app %q", name)
+		}
+		for _, c := range children(leaf) {
+			if _, ok := asObject(c.value); ok {
+				s.skip[c.selector.Unquoted()] = true
+			}
+		}
+		s.walk("", v, leaf, pos)
+		return s.diags
+	}
+	return nil
+}
 
 // errors converts errors of CUE, without the embedded module's positions.
 func (x *explainer) errors(err error, object string) []api.Diagnostic {
 	var diags []api.Diagnostic
 	for _, e := range errors.Errors(err) {
-		d := api.Diagnostic{Object: object, Field: strings.Join(e.Path(), "."), Message: message(e)}
+		d := api.Diagnostic{Object: object, Field: fieldPath(e.Path()), Message: message(e)}
+		var places []string
 		for _, p := range errors.Positions(e) {
-			if x.isUser(p) {
-				d.Pos = place(p)
-				break
+			if !x.isUser(p) {
+				continue
 			}
+			if d.Pos.File == "" {
+				d.Pos = place(p)
+			} else if at := place(p); at != d.Pos && !slices.Contains(places, at.String()) {
+				places = append(places, at.String())
+			}
+		}
+		if len(places) > 0 && len(places) <= 3 {
+			d.Hint = "see also " + strings.Join(places, ", ")
 		}
 		diags = append(diags, d)
 	}
 	return diags
+}
+
+// fieldPath joins the path of an error as messages print it, without definitions.
+func fieldPath(path []string) string {
+	at := ""
+	for _, p := range path {
+		switch {
+		case strings.HasPrefix(p, "#"):
+		case p != "" && strings.Trim(p, "0123456789") == "" && at != "":
+			at += "[" + p + "]"
+		case at == "":
+			at = p
+		default:
+			at += "." + p
+		}
+	}
+	return at
 }
 
 // message is the text of e in one line.
@@ -467,13 +620,62 @@ func message(e errors.Error) string {
 	} else if inner != nil {
 		s = inner.Error()
 	}
-	return strings.Join(strings.Fields(s), " ")
+	s = strings.Join(strings.Fields(s), " ")
+	if r := []rune(s); len(r) > maxMessage {
+		s = string(r[:maxMessage]) + "…"
+	}
+	return s
 }
 
-// rest converts the errors that are not explained yet by a diagnostic.
-func (x *explainer) rest(err error, known []api.Diagnostic) []api.Diagnostic {
-	if len(known) > 0 {
-		return nil
+// maxMessage is the most characters of a message of CUE.
+const maxMessage = 300
+
+// rest explains the errors of a package that are not in one of the fields explained
+// already.
+func (x *explainer) rest(root cue.Value, err error, explained []string, known []api.Diagnostic) []api.Diagnostic {
+	var diags []api.Diagnostic
+	done := map[string]bool{}
+	for _, e := range errors.Errors(err) {
+		field := fieldPath(e.Path())
+		if done[field] || slices.ContainsFunc(explained, func(at string) bool {
+			return field == at || strings.HasPrefix(field, at+".") || strings.HasPrefix(field, at+"[")
+		}) {
+			continue
+		}
+		done[field] = true
+		found := x.errors(e, "")
+		if v, ok := lookup(root, e.Path()); ok && v.IncompleteKind() == cue.BottomKind {
+			s := &side{x: x, isDef: func(token.Pos) bool { return false }}
+			if s.ownDisjunction(field, v, found[0].Pos) && len(s.diags) > 0 {
+				found = s.diags
+			}
+		}
+		for _, d := range found {
+			if !slices.ContainsFunc(known, func(k api.Diagnostic) bool { return k.Pos == d.Pos }) {
+				diags = append(diags, d)
+			}
+		}
 	}
-	return x.errors(err, "")
+	return diags
+}
+
+// lookup follows the path of an error.
+func lookup(v cue.Value, path []string) (cue.Value, bool) {
+	for _, p := range path {
+		found := false
+		for _, c := range children(v) {
+			name := c.selector.String()
+			if c.selector.LabelType() == cue.StringLabel {
+				name = c.selector.Unquoted()
+			}
+			if name == p || strings.Trim(p, `"`) == name {
+				v, found = c.value, true
+				break
+			}
+		}
+		if !found {
+			return v, false
+		}
+	}
+	return v, true
 }

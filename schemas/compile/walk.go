@@ -15,7 +15,7 @@ var (
 type found struct {
 	value            cue.Value
 	apiVersion, kind string
-	pos              api.Position // where the user wrote it, or the field around it
+	around           api.Position // where the user wrote it, or what is around it
 }
 
 // walker discovers the objects of a package: any struct with apiVersion and kind, at
@@ -25,25 +25,29 @@ type walker struct {
 	e     *evaluator
 	visit func(found)
 	diags []api.Diagnostic
+	// explained are the paths of the values whose errors are all in diagnostics.
+	explained []string
 }
 
 // walk visits the objects in v in the order of the source. pos is the place of what
 // is around v.
 func (w *walker) walk(v cue.Value, pos api.Position) {
-	if p := w.e.explain.position(v); p.File != "" {
-		pos = p
+	if p := valuePos(v); w.e.explain.isUser(p) {
+		pos = place(p)
 	}
 	switch v.IncompleteKind() {
 	case cue.StructKind, cue.BottomKind: // an error inside does not hide the rest
 		if f, ok := asObject(v); ok {
-			f.pos = pos
+			f.around = pos
 			w.visit(f)
+			w.explained = append(w.explained, valuePath(v))
 			return
 		}
 		if v.Err() != nil {
 			// What an application in error produces is in error for the same reason.
-			if diags := w.e.explain.shortForm(v); len(diags) > 0 {
+			if diags := w.e.explain.shortForm(v, pos); len(diags) > 0 {
 				w.diags = append(w.diags, diags...)
+				w.explained = append(w.explained, valuePath(v))
 				return
 			}
 		}
@@ -54,6 +58,15 @@ func (w *walker) walk(v cue.Value, pos api.Position) {
 	for _, c := range children(v) {
 		w.walk(c.value, pos)
 	}
+}
+
+// valuePath is the path of v in its package as messages print it.
+func valuePath(v cue.Value) string {
+	at := ""
+	for _, sel := range v.Path().Selectors() {
+		at = join(at, sel)
+	}
+	return at
 }
 
 // asObject reports whether v has a concrete apiVersion and kind.
