@@ -10,6 +10,10 @@ import (
 // GroupVersion is Decree's own API group.
 var GroupVersion = schema.GroupVersion{Group: "decree.dev", Version: "v1"}
 
+// SystemNamespace holds Decree's own objects. Like "default", it exists in every
+// cluster and comes from no source.
+const SystemNamespace = "decree-system"
+
 // Source is a Git repository whose objects this cluster runs.
 type Source struct {
 	metav1.TypeMeta   `json:",inline"`

@@ -109,6 +109,9 @@ func init() {
 			o.GetObjectKind().SetGroupVersionKind(gvk)
 			return o
 		}
+		if k.Default == nil {
+			k.Default = defaults[k.Resource]
+		}
 		byResource[k.Resource], byGVK[gvk], byType[reflect.TypeOf(bare())] = k, k, k
 	}
 }
