@@ -35,7 +35,7 @@ var (
 	}
 	podColumns = []Column{
 		text("Ready", func(o *corev1.Pod) string {
-			ready, total := podReady(o)
+			ready, total := readyContainers(o)
 			return fmt.Sprintf("%d/%d", ready, total)
 		}),
 		text("Status", PodReason),

@@ -66,7 +66,7 @@ func containerReason(p *corev1.Pod, reason string) string {
 		}
 	}
 	if reason == "Completed" && running {
-		if podIsReady(p) {
+		if PodReady(p) {
 			return "Running"
 		}
 		return "NotReady"
@@ -84,15 +84,6 @@ func terminatedReason(t *corev1.ContainerStateTerminated) string {
 	return fmt.Sprintf("ExitCode:%d", t.ExitCode)
 }
 
-func podIsReady(p *corev1.Pod) bool {
-	for _, c := range p.Status.Conditions {
-		if c.Type == corev1.PodReady {
-			return c.Status == corev1.ConditionTrue
-		}
-	}
-	return false
-}
-
 // sidecar reports whether name is an init container that keeps running.
 func sidecar(p *corev1.Pod, name string) bool {
 	for i := range p.Spec.InitContainers {
@@ -103,8 +94,8 @@ func sidecar(p *corev1.Pod, name string) bool {
 	return false
 }
 
-// podReady counts the containers that serve; sidecars count like containers.
-func podReady(p *corev1.Pod) (ready, total int) {
+// readyContainers counts the containers that serve; sidecars count like containers.
+func readyContainers(p *corev1.Pod) (ready, total int) {
 	total = len(p.Spec.Containers)
 	for i := range p.Spec.InitContainers {
 		if sidecar(p, p.Spec.InitContainers[i].Name) {
