@@ -118,6 +118,59 @@ func TestHistoryIsBoundedInBytes(t *testing.T) {
 	}
 }
 
+// TestCatchingUp reads a history that is longer than one batch.
+func TestCatchingUp(t *testing.T) {
+	s := open(t, config(t.TempDir()))
+	w := watch(t, s, s.View().Revision(), raftstore.Filter{Resource: api.ConfigMaps})
+	seen := s.View().Revision()
+	for p := range 4 {
+		var objects []api.Object
+		for i := range 700 {
+			objects = append(objects, configMap(fmt.Sprint("c", p, "-", i), "x"))
+		}
+		must(t, s, create(objects...))
+	}
+	for calls := 1; seen < s.View().Revision(); calls++ {
+		events, err := w.Next(timeout(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range events {
+			if seen++; e.Revision != seen {
+				t.Fatalf("call %d: revision %d where %d is next", calls, e.Revision, seen)
+			}
+		}
+		if len(events)%700 != 0 || w.Progress() != seen {
+			t.Fatalf("call %d: %d events, progress %d at revision %d", calls, len(events), w.Progress(), seen)
+		}
+	}
+}
+
+// TestViewCanBeWatched takes revisions from views as fast as it can while they change.
+func TestViewCanBeWatched(t *testing.T) {
+	s := open(t, config(t.TempDir()))
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			if _, err := s.Watch(context.Background(), s.View().Revision(), raftstore.Filter{}); err != nil {
+				t.Error(err)
+				return
+			}
+			select {
+			case <-done:
+				return
+			default:
+			}
+		}
+	})
+	for i := range 400 {
+		must(t, s, create(configMap("c"+strconv.Itoa(i), "x")))
+	}
+	close(done)
+	wg.Wait()
+}
+
 func TestWaitChange(t *testing.T) {
 	s := open(t, config(t.TempDir()))
 	since := s.View().Revision()
