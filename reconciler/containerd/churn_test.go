@@ -29,6 +29,43 @@ func TestChurn(t *testing.T) {
 	}
 }
 
+// TestListWhileStarting lists all the time while containers start: none of them may
+// look as if it had ended.
+func TestListWhileStarting(t *testing.T) {
+	r := newRuntime(t)
+	p := pod("sleep 1000", "sleep 1000", "sleep 1000", "sleep 1000", "sleep 1000", "sleep 1000")
+	createSandbox(t, r, p)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for i := range p.Spec.Containers {
+			id, err := r.CreateContainer(t.Context(), containerConfig(p, i, 0))
+			if err == nil {
+				err = r.StartContainer(t.Context(), id)
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	}()
+	for {
+		all, err := r.List(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range all[0].Containers {
+			if c.State == agent.Exited {
+				t.Fatalf("while it was being started: %+v", c)
+			}
+		}
+		select {
+		case <-done:
+			return
+		default:
+		}
+	}
+}
+
 // TestManyPods starts pods at once and expects the whole log of each.
 func TestManyPods(t *testing.T) {
 	r := newRuntime(t)

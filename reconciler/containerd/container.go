@@ -169,6 +169,9 @@ func (r *Runtime) startContainer(ctx context.Context, c containers.Container, m 
 		return err
 	}
 	if err != nil {
+		if begun, _ := r.cfg.logPaths(m).started(); begun {
+			return errors.New("it has already run, and its end was not seen: create its next attempt")
+		}
 		if err := r.createTask(ctx, c, m); err != nil {
 			return cleanStartError(err)
 		}
