@@ -130,7 +130,7 @@ func TestStartupProbeGates(t *testing.T) {
 		ok.Store(false)
 		w.after(30 * time.Second)
 		if s := w.status("web", "main"); s.RestartCount == 0 {
-			t.Errorf("liveness does not count after the start: %+v", s)
+			t.Errorf("liveness does not count after the start: %+v\n%s\n%v", s, strings.Join(w.plane.events("web"), "\n"), w.runtime.Calls())
 		}
 	})
 }
@@ -170,6 +170,7 @@ func TestMissingConfigMap(t *testing.T) {
 		if s.State.Waiting == nil || s.State.Waiting.Reason != "CreateContainerConfigError" || !strings.Contains(s.State.Waiting.Message, `configmap "settings" not found`) {
 			t.Errorf("status %+v", s)
 		}
+		w.assertQuiet(15) // a few tries, with growing waits
 		w.plane.set(&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "settings"}, Data: map[string]string{"COLOUR": "blue"}})
 		w.after(50 * time.Millisecond)
 		if s := w.status("web", "main"); s.State.Running == nil {

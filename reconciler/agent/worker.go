@@ -305,7 +305,8 @@ func (w *worker) start(ctx context.Context, step Step, now time.Time) {
 		defer cancel()
 		r := job.do(ctx)
 		r.step, r.took = step, time.Since(now)
-		w.post(func() { w.finish(r, ctx.Err() != nil) })
+		cancelled := ctx.Err() != nil
+		w.post(func() { w.finish(r, cancelled) })
 	})
 }
 
@@ -319,7 +320,7 @@ func (w *worker) finish(r stepResult, cancelled bool) {
 	now := time.Now()
 	delete(w.steps, r.step.Lane())
 	w.agent.metrics.step(r)
-	w.minList = w.agent.obs.fresh()
+	w.minList = w.agent.obs.fresh(w.uid)
 	if cancelled && r.err != nil {
 		delete(w.local.InFlight, r.step.Lane())
 		return
