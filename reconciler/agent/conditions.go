@@ -9,7 +9,11 @@ import (
 
 // conditions computes the agent's conditions and keeps everybody else's.
 func (s *statusWriter) conditions(st *corev1.PodStatus, initialized bool) []corev1.PodCondition {
-	own := []corev1.PodCondition{s.initializedCondition(st, initialized)}
+	var own []corev1.PodCondition
+	if !slices.ContainsFunc(s.pod.Status.Conditions, func(c corev1.PodCondition) bool { return c.Type == corev1.PodScheduled }) {
+		own = append(own, corev1.PodCondition{Type: corev1.PodScheduled, Status: corev1.ConditionTrue})
+	}
+	own = append(own, s.initializedCondition(st, initialized))
 	ready := s.containersReady(st)
 	own = append(own, ready)
 	ready.Type = corev1.PodReady
@@ -20,9 +24,6 @@ func (s *statusWriter) conditions(st *corev1.PodStatus, initialized bool) []core
 		}
 	}
 	own = append(own, ready)
-	if !slices.ContainsFunc(s.pod.Status.Conditions, func(c corev1.PodCondition) bool { return c.Type == corev1.PodScheduled }) {
-		own = append(own, corev1.PodCondition{Type: corev1.PodScheduled, Status: corev1.ConditionTrue})
-	}
 	var out []corev1.PodCondition
 	for _, c := range s.pod.Status.Conditions {
 		if i := slices.IndexFunc(own, func(o corev1.PodCondition) bool { return o.Type == c.Type }); i >= 0 {

@@ -248,6 +248,22 @@ func (w *world) run() {
 	}
 }
 
+// assertQuiet checks that the agent does not talk without need.
+func (w *world) assertQuiet(most int) {
+	w.t.Helper()
+	w.plane.mu.Lock()
+	defer w.plane.mu.Unlock()
+	n := 0
+	for _, m := range w.plane.history {
+		if m.Key.Resource != api.Nodes {
+			n++
+		}
+	}
+	if n > most {
+		w.t.Errorf("%d reports, want at most %d", n, most)
+	}
+}
+
 // after lets d of fake time pass, and everything settle.
 func (w *world) after(d time.Duration) {
 	time.Sleep(d) // fake time

@@ -29,19 +29,22 @@ type observer struct {
 	begun    uint64 // number of the last list begun
 	have     uint64 // number of the last list that succeeded; 0: none yet
 	pods     map[types.UID]*Sandbox
+	waiting  map[types.UID]uint64 // who waits for which list
 	err      error
 	errSince time.Time
 }
 
 func newObserver(r Runtime, changed func([]types.UID)) *observer {
-	return &observer{runtime: r, changed: changed, ask: make(chan struct{}, 1), pods: map[types.UID]*Sandbox{}}
+	return &observer{runtime: r, changed: changed, ask: make(chan struct{}, 1), pods: map[types.UID]*Sandbox{}, waiting: map[types.UID]uint64{}}
 }
 
 // fresh returns the number of the first list that will show everything done so
-// far, and asks for it.
-func (o *observer) fresh() uint64 {
+// far, and asks for it. The pod counts as changed when that list is there, whether
+// or not it differs from an earlier one that the pod had to ignore.
+func (o *observer) fresh(uid types.UID) uint64 {
 	o.mu.Lock()
 	n := o.begun + 1
+	o.waiting[uid] = n
 	o.mu.Unlock()
 	select {
 	case o.ask <- struct{}{}:
@@ -132,8 +135,15 @@ func (o *observer) list(ctx context.Context) error {
 	recovered := o.err != nil || o.have == 0
 	old := o.pods
 	o.pods, o.have, o.err = pods, number, nil
+	var waited []types.UID
+	for uid, n := range o.waiting {
+		if n <= number {
+			waited = append(waited, uid)
+			delete(o.waiting, uid)
+		}
+	}
 	o.mu.Unlock()
-	changed := difference(old, pods)
+	changed := append(difference(old, pods), waited...)
 	if len(changed) > 0 || recovered {
 		o.changed(changed)
 	}

@@ -3,8 +3,8 @@ package agent
 import (
 	"context"
 	"log/slog"
-	"maps"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,7 +43,14 @@ type worker struct {
 	resend   time.Time // not before, after a refusal
 	frozen   bool      // teardown has begun: the status stays as it is
 	adopted  bool
+	objects  string    // versions of the objects that the pod refers to
+	sent     time.Time // when the status was last reported
+	recheck  time.Time // when to see whether the view shows it
 }
+
+// resendAfter is how long the view may show another status than the one reported
+// before it is reported again: somebody else may have written it.
+const resendAfter = 5 * time.Second
 
 // inputs are what a worker is told from outside.
 type inputs struct {
@@ -135,8 +142,10 @@ func (w *worker) run(ctx context.Context) {
 		if w.finished() {
 			return
 		}
-		if until := time.Until(w.resend); !w.resend.IsZero() && (wait == 0 || until < wait) {
-			wait = max(until, time.Millisecond)
+		for _, at := range []time.Time{w.resend, w.recheck} {
+			if until := time.Until(at); !at.IsZero() && (wait == 0 || until < wait) {
+				wait = max(until, time.Millisecond)
+			}
 		}
 		timer.Stop()
 		if wait > 0 {
@@ -188,8 +197,52 @@ func (w *worker) takeInputs() {
 	if w.in.view != nil {
 		w.local.VolumesWant = volume.Version(pod, w.in.view)
 	}
-	// What was missing may be there now; looking costs nothing.
-	maps.DeleteFunc(w.local.Retry, func(_ RetryKey, r Retry) bool { return r.Reason == reasonConfigError })
+	if v := w.local.VolumesWant + environmentVersion(pod, w.in.view); v != w.objects {
+		w.objects = v // what was missing may be there now
+		for key, r := range w.local.Retry {
+			if r.Reason == reasonConfigError {
+				r.At = time.Time{}
+				w.local.Retry[key] = r
+			}
+		}
+	}
+}
+
+// environmentVersion changes when an object changes that the pod's environment
+// refers to.
+func environmentVersion(pod *corev1.Pod, view api.Reader) string {
+	if view == nil {
+		return ""
+	}
+	var b strings.Builder
+	add := func(r api.Resource, name string) {
+		o, ok := view.Get(api.Key{Resource: r, Namespace: pod.Namespace, Name: name})
+		if ok {
+			b.WriteString("/" + o.GetResourceVersion())
+		} else {
+			b.WriteString("/-")
+		}
+	}
+	for _, c := range allContainers(pod) {
+		for _, f := range c.EnvFrom {
+			if f.ConfigMapRef != nil {
+				add(api.ConfigMaps, f.ConfigMapRef.Name)
+			}
+			if f.SecretRef != nil {
+				add(api.Secrets, f.SecretRef.Name)
+			}
+		}
+		for _, e := range c.Env {
+			switch from := e.ValueFrom; {
+			case from == nil:
+			case from.ConfigMapKeyRef != nil:
+				add(api.ConfigMaps, from.ConfigMapKeyRef.Name)
+			case from.SecretKeyRef != nil:
+				add(api.Secrets, from.SecretKeyRef.Name)
+			}
+		}
+	}
+	return b.String()
 }
 
 // unfinished shows containers that are just being started as not started yet: what
@@ -252,7 +305,8 @@ func (w *worker) start(ctx context.Context, step Step, now time.Time) {
 		defer cancel()
 		r := job.do(ctx)
 		r.step, r.took = step, time.Since(now)
-		w.post(func() { w.finish(r, ctx.Err() != nil) })
+		cancelled := ctx.Err() != nil
+		w.post(func() { w.finish(r, cancelled) })
 	})
 }
 
@@ -266,7 +320,7 @@ func (w *worker) finish(r stepResult, cancelled bool) {
 	now := time.Now()
 	delete(w.steps, r.step.Lane())
 	w.agent.metrics.step(r)
-	w.minList = w.agent.obs.fresh()
+	w.minList = w.agent.obs.fresh(w.uid)
 	if cancelled && r.err != nil {
 		delete(w.local.InFlight, r.step.Lane())
 		return
@@ -330,7 +384,7 @@ func (w *worker) reportStatus() {
 	if w.frozen || w.in.removed || w.in.draining || now.Before(w.resend) {
 		return
 	}
-	w.resend = time.Time{}
+	w.resend, w.recheck = time.Time{}, time.Time{}
 	pod := w.in.pod
 	if w.reported == nil {
 		w.reported = &pod.Status
@@ -340,8 +394,14 @@ func (w *worker) reportStatus() {
 	base.Status.Conditions = mergeConditions(pod.Status.Conditions, w.reported.Conditions)
 	status := Status(now, &base, w.sandbox, w.local, w.agent.cfg.HostIPs)
 	if equality.Semantic.DeepEqual(&status, w.reported) {
-		return
+		if since := now.Sub(w.sent); equality.Semantic.DeepEqual(&status, &pod.Status) {
+			return
+		} else if since < resendAfter {
+			w.recheck = w.sent.Add(resendAfter)
+			return
+		}
 	}
+	w.sent = now
 	w.reported = &status
 	out := api.Clone(pod)
 	out.Status = status
