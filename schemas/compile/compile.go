@@ -38,6 +38,8 @@ type Object struct {
 	// Fields maps a field path ("spec.replicas", "spec.template.spec.containers[0].image")
 	// to where it is written by the user.
 	Fields map[string]api.Position
+
+	origin api.Position // the text it comes from, through references
 }
 
 // Compiler evaluates trees in bounded child processes and caches the result of

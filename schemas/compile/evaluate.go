@@ -56,22 +56,22 @@ type packageResult struct {
 // and one diagnostic anywhere means no objects.
 func finish(results []*packageResult, diags []api.Diagnostic, files int) *Result {
 	r := &Result{Files: files, Diagnostics: slices.Clone(diags)}
-	places := map[api.Key]placed{}
+	places := map[api.Key]Object{}
 	for _, p := range results {
 		r.Diagnostics = append(r.Diagnostics, p.diags...)
 		for _, o := range p.objects {
 			key := api.KeyOf(o.Object)
 			if first, ok := places[key]; ok {
-				if first.pos == o.Pos && equal(first.object, o.Object) {
+				if first.origin == o.origin && equal(first.Object, o.Object) {
 					continue // the same text seen through two packages or two fields
 				}
 				r.Diagnostics = append(r.Diagnostics, api.Diagnostic{
 					Pos: o.Pos, Object: key.String(), Message: "the object is written twice",
-					Found: "also at " + first.pos.String(), Hint: "remove one of them, or rename it",
+					Found: "also at " + first.Pos.String(), Hint: "remove one of them, or rename it",
 				})
 				continue
 			}
-			places[key] = placed{o.Object, o.Pos}
+			places[key] = o
 			r.Objects = append(r.Objects, o)
 		}
 	}
@@ -80,12 +80,6 @@ func finish(results []*packageResult, diags []api.Diagnostic, files int) *Result
 		r.Objects = nil
 	}
 	return r
-}
-
-// placed is an object and where it is.
-type placed struct {
-	object api.Object
-	pos    api.Position
 }
 
 func equal(a, b api.Object) bool { return apiequality.Semantic.DeepEqual(a, b) }
@@ -123,24 +117,26 @@ func (e *evaluator) evaluate(p *pkg) (r *packageResult) {
 		}
 	}()
 	inst := e.instance(p)
-	v := e.defs.ctx.BuildInstance(inst)
 	r = &packageResult{id: p.id(), deps: p.deps}
+	var v cue.Value
+	if inst.Err == nil {
+		v = e.defs.ctx.BuildInstance(inst)
+	}
 	if inst.Err != nil {
 		// Syntax, imports, unresolved names: nothing was evaluated.
 		r.diags = order(e.explain.errors(inst.Err, ""), p.files[0])
 		return r
 	}
-	w := &walker{e: e, visit: func(f found) {
+	w := &walker{e: e, visit: func(f found) []api.Diagnostic {
 		o, diags := e.object(f)
-		r.diags = append(r.diags, diags...)
-		if len(diags) > 0 {
-			return
+		if len(diags) == 0 {
+			r.objects = append(r.objects, o.Object)
+			r.raw = append(r.raw, o.raw)
 		}
-		r.objects = append(r.objects, o.Object)
-		r.raw = append(r.raw, o.raw)
+		return diags
 	}}
 	w.walk(v, api.Position{File: p.files[0], Line: 1})
-	r.diags = append(r.diags, w.diags...)
+	r.diags = w.diags
 	if err := v.Validate(); err != nil {
 		r.diags = append(r.diags, e.explain.rest(v, err, w.explained, r.diags)...)
 	}
@@ -156,7 +152,7 @@ type rawObject struct {
 
 // object checks one struct with apiVersion and kind, and decodes it.
 func (e *evaluator) object(f found) (rawObject, []api.Diagnostic) {
-	pos, fields := e.explain.places(f.value, f.around)
+	pos, origin, fields := e.explain.places(f.value, f.around)
 	gv, err := schema.ParseGroupVersion(f.apiVersion)
 	kind, ok := api.KindForGVK(gv.WithKind(f.kind))
 	switch {
@@ -176,11 +172,11 @@ func (e *evaluator) object(f found) (rawObject, []api.Diagnostic) {
 	if err := u.Validate(cue.Concrete(true)); err != nil {
 		return rawObject{}, e.explain.object(kind, def, f.value, pos, err)
 	}
-	o := rawObject{Object: Object{Pos: pos, Fields: fields}}
+	o := rawObject{Object: Object{Pos: pos, Fields: fields, origin: origin}}
 	if o.Object.Object, o.raw, err = decode(kind, u); err != nil {
-		return o, []api.Diagnostic{{Pos: pos, Object: objectName(kind, f.value), Message: err.Error()}}
+		return o, []api.Diagnostic{{Pos: pos, Object: e.explain.objectName(kind, f.value), Message: err.Error()}}
 	}
-	return o, checkRules(o.Object, objectName(kind, f.value))
+	return o, checkRules(o.Object, e.explain.objectName(kind, f.value))
 }
 
 // unknownKind says which kinds there are.
@@ -235,19 +231,28 @@ func (d *definitions) kind(k *api.Kind) (*kindDef, error) {
 }
 
 // objectName is `deployments.apps "shop/web"` as far as it is known.
-func objectName(kind *api.Kind, v cue.Value) string {
-	key := api.Key{Resource: kind.Resource}
-	key.Name, _ = v.LookupPath(cue.ParsePath("metadata.name")).String()
+func (x *explainer) objectName(kind *api.Kind, v cue.Value) string {
+	key := api.Key{Resource: kind.Resource, Name: x.text(v, "name")}
 	if kind.Namespaced {
-		key.Namespace, _ = v.LookupPath(cue.ParsePath("metadata.namespace")).String()
-		if key.Namespace == "" {
-			key.Namespace = defaultNamespace
-		}
+		key.Namespace = cmp.Or(x.text(v, "namespace"), defaultNamespace)
 	}
 	if key.Name == "" {
 		return string(key.Resource)
 	}
 	return key.String()
+}
+
+// text returns a text of the metadata of v as the user wrote it, also if it is wrong.
+func (x *explainer) text(v cue.Value, name string) string {
+	field := v.LookupPath(cue.MakePath(cue.Str("metadata"), cue.Str(name)))
+	if s, err := field.String(); err == nil {
+		return s
+	}
+	if data, ok := x.data(field, isDefinition); ok {
+		s, _ := data.String() // not a text: no name
+		return s
+	}
+	return ""
 }
 
 // order sorts diagnostics by place and drops repetitions. One without a place is about

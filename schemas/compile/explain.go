@@ -36,6 +36,7 @@ type side struct {
 	diags  []api.Diagnostic
 	skip   map[string]bool      // fields at the top that are not judged
 	isDef  func(token.Pos) bool // whether what is written there belongs to the definition
+	secret bool                 // no message may quote a value
 	depth  int
 }
 
@@ -51,13 +52,16 @@ func (s *side) report(pos api.Position, field, message, expected, found, hint st
 // object explains why v does not fit the definition of its kind; err is what CUE
 // says, and is used when the walk finds nothing.
 func (x *explainer) object(kind *api.Kind, def *kindDef, v cue.Value, pos api.Position, err error) []api.Diagnostic {
-	s := &side{x: x, object: objectName(kind, v), isDef: isDefinition}
+	s := &side{x: x, object: x.objectName(kind, v), secret: kind.Resource == api.Secrets, isDef: isDefinition}
 	s.walk("", v, def.value, pos)
 	if len(s.diags) > 0 {
 		return s.diags
 	}
 	diags := x.errors(err, s.object)
 	for i := range diags {
+		if s.secret {
+			diags[i].Message = "the object does not fit its definition"
+		}
 		if diags[i].Pos.File == "" {
 			diags[i].Pos = pos
 		}
@@ -79,7 +83,7 @@ func (s *side) walk(field string, v, def cue.Value, pos api.Position) {
 		pos = p
 	}
 	if branches := branchesOf(def); len(branches) > 1 && data.IncompleteKind() == cue.StructKind {
-		s.branches(field, v, data, def, branches, pos)
+		s.branches(field, data, def, branches, pos)
 		return
 	}
 	switch data.IncompleteKind() {
@@ -101,14 +105,17 @@ func (s *side) walk(field string, v, def cue.Value, pos api.Position) {
 // data returns the part of v that does not come from a definition; ok is false if
 // there is none.
 func (x *explainer) data(v cue.Value, isDef func(token.Pos) bool) (data cue.Value, ok bool) {
+	if !v.Exists() {
+		return v, false
+	}
 	for _, leaf := range x.leaves(v) {
-		if isDef(leaf.Pos()) {
+		if isDef(leaf.pos) {
 			continue
 		}
 		if !ok {
-			data, ok = leaf, true
+			data, ok = leaf.Value, true
 		} else {
-			data = data.Unify(leaf)
+			data = data.Unify(leaf.Value)
 		}
 	}
 	return data, ok
@@ -123,16 +130,16 @@ func branchesOf(def cue.Value) []cue.Value {
 	return args
 }
 
-// branches judges v by the branch of a disjunction that the user meant: the one with
+// branches judges data by the branch of a disjunction that the user meant: the one with
 // the fewest objections, where a wrong constant (a discriminator) counts most.
-func (s *side) branches(field string, v, data, def cue.Value, branches []cue.Value, pos api.Position) {
+func (s *side) branches(field string, data, def cue.Value, branches []cue.Value, pos api.Position) {
 	best, cost := []api.Diagnostic(nil), -1
 	for _, b := range branches {
 		if b.IncompleteKind()&cue.StructKind == 0 && b.IncompleteKind() != cue.BottomKind {
 			continue
 		}
-		t := &side{x: s.x, object: s.object, isDef: s.isDef, depth: s.depth}
-		t.walk(field, v, b, pos)
+		t := &side{x: s.x, object: s.object, isDef: s.isDef, secret: s.secret, depth: s.depth}
+		t.walk(field, data, b, pos) // v has no fields when no branch fits
 		c := 0
 		for _, d := range t.diags {
 			switch {
@@ -184,7 +191,9 @@ func (s *side) bottom(field string, v, data, def cue.Value, pos api.Position) {
 		if d.Pos.File == "" {
 			d.Pos = pos
 		}
-		d.Field = field
+		if d.Field = field; s.secret {
+			d.Message = "the value is in conflict with itself"
+		}
 		s.diags = append(s.diags, d)
 	}
 }
@@ -201,18 +210,18 @@ func (s *side) ownDisjunction(field string, v cue.Value, pos api.Position) bool 
 		var data cue.Value
 		for k, other := range leaves {
 			if k != i {
-				data = data.Unify(other)
+				data = data.Unify(other.Value)
 			}
 		}
 		if !data.Exists() {
 			return false
 		}
 		before := len(s.diags)
-		t := &side{x: s.x, object: s.object, isDef: func(token.Pos) bool { return false }, depth: s.depth + 1}
+		t := &side{x: s.x, object: s.object, isDef: func(token.Pos) bool { return false }, secret: s.secret, depth: s.depth + 1}
 		if data.IncompleteKind() == cue.StructKind {
-			t.branches(field, data, data, leaf, branches, pos)
+			t.branches(field, data, leaf.Value, branches, pos)
 		} else {
-			t.scalar(field, data, leaf, s.x.placeOf(data, pos))
+			t.scalar(field, data, leaf.Value, s.x.placeOf(data, pos))
 		}
 		s.diags = append(s.diags, t.diags...)
 		return len(s.diags) > before
@@ -232,7 +241,7 @@ func (s *side) kindsMeet(field string, data, def cue.Value, pos api.Position) bo
 	if def.IncompleteKind()&data.IncompleteKind() != 0 {
 		return true
 	}
-	s.report(pos, field, "wrong type", expected(def), render(data), "")
+	s.report(pos, field, "wrong type", expected(def), s.render(data), "")
 	return false
 }
 
@@ -256,7 +265,7 @@ func (s *side) structs(field string, v, def cue.Value, pos api.Position) {
 	for _, f := range fieldsOf(def) {
 		if f.required && !present[f.name] || present[f.name] && f.required && !s.given(v, f.name) {
 			sub := def.LookupPath(cue.MakePath(cue.Str(f.name).Optional()))
-			s.report(pos, join(field, cue.Str(f.name)), messageMissing, expected(sub), "", "")
+			s.report(pos, join(field, cue.Str(f.name)), messageMissing, expectedWords(sub), "", "")
 		}
 	}
 }
@@ -294,11 +303,11 @@ func (s *side) scalar(field string, data, def cue.Value, pos api.Position) {
 		data = value
 	}
 	if !data.IsConcrete() {
-		s.report(pos, field, "the value is not known", expected(def), render(data), "")
+		s.report(pos, field, "the value is not known", expected(def), s.render(data), "")
 		return
 	}
 	if err := def.Unify(data).Validate(cue.Concrete(true)); err != nil {
-		s.report(pos, field, "the value is not allowed", expected(def), render(data), enumHint(def, data))
+		s.report(pos, field, "the value is not allowed", expected(def), s.render(data), enumHint(def, data))
 	}
 }
 
@@ -407,7 +416,7 @@ func attributes(v cue.Value, name string, depth int) []cue.Attribute {
 			list = append(list, attributes(d, name, depth+1)...)
 		}
 	}
-	if op, args := v.Expr(); op == cue.AndOp {
+	if op, args := v.Expr(); op == cue.AndOp || op == cue.OrOp {
 		for _, a := range args {
 			list = append(list, attributes(a, name, depth+1)...)
 		}
@@ -433,10 +442,18 @@ func expected(def cue.Value) string {
 	return kindWords(def.IncompleteKind())
 }
 
+// expectedWords is expected, unless that only says struct or list.
+func expectedWords(def cue.Value) string {
+	if text := expected(def); text != "struct" && text != "list" {
+		return text
+	}
+	return ""
+}
+
 // enumOf returns the texts of a disjunction of texts, nil for anything else.
 func enumOf(def cue.Value) []string {
 	values := map[string]int{}
-	for _, leaf := range append([]cue.Value{def}, (&explainer{tree: &tree{}}).leaves(def)...) {
+	for _, leaf := range append([]leaf{{Value: def}}, (&explainer{tree: &tree{}}).leaves(def)...) {
 		op, args := leaf.Expr()
 		if op != cue.OrOp {
 			if s, err := leaf.String(); err == nil {
@@ -489,6 +506,18 @@ func kindWords(k cue.Kind) string {
 
 // maxFound is the most characters of a value that a message quotes.
 const maxFound = 60
+
+// render prints a value for a message, unless it may be a secret.
+func (s *side) render(v cue.Value) string {
+	if !s.secret || !v.IsConcrete() {
+		return render(v)
+	}
+	switch v.Kind() {
+	case cue.StringKind, cue.BytesKind:
+		return "a value that is not shown, because it is in a Secret"
+	}
+	return "a " + kindWords(v.Kind())
+}
 
 // render prints a value as the user would write it, in one short line.
 func render(v cue.Value) string {
@@ -552,19 +581,21 @@ func distance(a, b string) int {
 func (x *explainer) shortForm(v cue.Value, pos api.Position) []api.Diagnostic {
 	for _, leaf := range x.leaves(v) {
 		path := leaf.Path().Selectors()
-		if len(path) != 1 || !path[0].IsDefinition() || !strings.HasPrefix(leaf.Pos().Filename(), schemaPrefix+appPackage+"/") {
+		if len(path) != 1 || !path[0].IsDefinition() || !strings.HasPrefix(leaf.pos.Filename(), schemaPrefix+appPackage+"/") {
 			continue
 		}
 		s := &side{x: x, object: "app", isDef: isEmbedded, skip: map[string]bool{}}
-		if name, err := v.LookupPath(cue.ParsePath("name")).String(); err == nil {
-			s.object = fmt.Sprintf("app %q", name)
+		if data, ok := x.data(v.LookupPath(cue.ParsePath("name")), isEmbedded); ok {
+			if name, err := data.String(); err == nil {
+				s.object = fmt.Sprintf("app %q", name)
+			}
 		}
-		for _, c := range children(leaf) {
+		for _, c := range children(leaf.Value) {
 			if _, ok := asObject(c.value); ok {
 				s.skip[c.selector.Unquoted()] = true
 			}
 		}
-		s.walk("", v, leaf, pos)
+		s.walk("", v, leaf.Value, pos)
 		return s.diags
 	}
 	return nil
@@ -634,22 +665,16 @@ const maxMessage = 300
 // already.
 func (x *explainer) rest(root cue.Value, err error, explained []string, known []api.Diagnostic) []api.Diagnostic {
 	var diags []api.Diagnostic
-	done := map[string]bool{}
 	for _, e := range errors.Errors(err) {
 		field := fieldPath(e.Path())
-		if done[field] || slices.ContainsFunc(explained, func(at string) bool {
-			return field == at || strings.HasPrefix(field, at+".") || strings.HasPrefix(field, at+"[")
-		}) {
+		if slices.ContainsFunc(explained, func(at string) bool { return inField(field, at) }) {
 			continue
 		}
-		done[field] = true
-		found := x.errors(e, "")
-		if v, ok := lookup(root, e.Path()); ok && v.IncompleteKind() == cue.BottomKind {
-			s := &side{x: x, isDef: func(token.Pos) bool { return false }}
-			if s.ownDisjunction(field, v, found[0].Pos) && len(s.diags) > 0 {
-				found = s.diags
-			}
+		found, at := x.disjunction(root, e.Path())
+		if found == nil {
+			found, at = x.errors(e, ""), field
 		}
+		explained = append(explained, at)
 		for _, d := range found {
 			if !slices.ContainsFunc(known, func(k api.Diagnostic) bool { return k.Pos == d.Pos }) {
 				diags = append(diags, d)
@@ -657,6 +682,28 @@ func (x *explainer) rest(root cue.Value, err error, explained []string, known []
 		}
 	}
 	return diags
+}
+
+// inField reports whether a field is at, or inside of it.
+func inField(field, at string) bool {
+	return at != "" && (field == at || strings.HasPrefix(field, at+".") || strings.HasPrefix(field, at+"["))
+}
+
+// disjunction explains an error by the outermost value on its path that fits no branch of
+// a disjunction, and returns that value's field; nil if there is none.
+func (x *explainer) disjunction(root cue.Value, path []string) ([]api.Diagnostic, string) {
+	for n := 1; n <= len(path); n++ {
+		v, ok := lookup(root, path[:n])
+		if !ok {
+			return nil, ""
+		}
+		field := fieldPath(path[:n])
+		s := &side{x: x, isDef: func(token.Pos) bool { return false }}
+		if v.Err() != nil && s.ownDisjunction(field, v, x.position(v)) {
+			return s.diags, field
+		}
+	}
+	return nil, ""
 }
 
 // lookup follows the path of an error.

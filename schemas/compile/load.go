@@ -5,6 +5,7 @@ import (
 	"io/fs"
 	"path"
 	"slices"
+	"strconv"
 	"strings"
 
 	"cuelang.org/go/cue"
@@ -290,9 +291,38 @@ func (l *loader) build(m *module, p *pkg, deps map[string]bool) *build.Instance 
 			inst.ReportError(f.err)
 			continue
 		}
+		l.checkImports(m, inst, f.syntax, deps)
 		inst.AddSyntax(f.syntax)
 	}
 	return inst
+}
+
+const cannotImport = " cannot be imported: "
+
+// checkImports reports every import of a file that cannot be resolved: CUE itself stops
+// at the first.
+func (l *loader) checkImports(m *module, inst *build.Instance, f *ast.File, deps map[string]bool) {
+	for spec := range f.ImportSpecs() {
+		importPath, err := strconv.Unquote(spec.Path.Value)
+		if err != nil {
+			continue // the parser has reported it
+		}
+		imp := l.resolve(m, spec.Path.Pos(), importPath, deps)
+		if imp == nil || imp.Err == nil {
+			continue
+		}
+		first := errors.Errors(imp.Err)[0]
+		switch pos := first.Position(); {
+		case !pos.IsValid() || pos.Filename() == f.Filename:
+			inst.ReportError(first)
+		default:
+			cause := fmt.Sprintf("%s:%d: %s", pos.Filename(), pos.Line(), first.Error())
+			if i := strings.LastIndex(cause, cannotImport); i >= 0 {
+				cause = cause[i+len(cannotImport):] // of a chain of packages the last is to blame
+			}
+			inst.ReportError(errors.Newf(spec.Path.Pos(), "package %q%s%s", importPath, cannotImport, cause))
+		}
+	}
 }
 
 // resolve finds an imported package: of CUE itself (nil), embedded, or of the same
@@ -301,6 +331,9 @@ func (l *loader) resolve(m *module, pos token.Pos, importPath string, deps map[s
 	ip := ast.ParseImportPath(importPath)
 	if first, _, _ := strings.Cut(ip.Path, "/"); !strings.Contains(first, ".") {
 		return nil // a package of CUE itself; the evaluator knows which exist
+	}
+	if strings.HasPrefix(ip.Path, ".") {
+		ip.Path = "" // CUE has no relative imports
 	}
 	if inst := l.defs.instance(ip.Path); inst != nil {
 		return inst
@@ -314,14 +347,14 @@ func (l *loader) resolve(m *module, pos token.Pos, importPath string, deps map[s
 		return inst
 	}
 	if m.path == "" || !within(ip.Path, m.path) {
-		return fail("package %q is not here; expected a package of this module%s, of CUE, or of Decree (%s)",
+		return fail("package %q is not known; expected a package of this module%s, of CUE, or one of %s",
 			importPath, quoteIf(m.path), strings.Join(embeddedPackages(), ", "))
 	}
 	dir := path.Join(m.root, strings.TrimPrefix(strings.TrimPrefix(ip.Path, m.path), "/"))
 	deps[dir] = true
 	for _, p := range l.packages(dir) {
 		if p.name == ip.Qualifier && p.name != "" {
-			m.insts[importPath] = fail("import cycle through package %q", importPath)
+			m.insts[importPath] = fail("the import of %q leads back to itself", importPath)
 			inst := l.build(m, p, deps)
 			_ = inst.Complete()
 			m.insts[importPath] = inst

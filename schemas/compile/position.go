@@ -14,35 +14,47 @@ import (
 // maxLeaves bounds how far leaves follows conjunctions and references.
 const maxLeaves = 64
 
+// leaf is a part of a value, and where it stands: its own place, or that of the part
+// it belongs to (numbers such as the bounds of int32 have none).
+type leaf struct {
+	cue.Value
+	pos token.Pos
+}
+
 // leaves returns what v is made of: the conjuncts of its conjunctions, through
 // references, those of the user's files first.
-func (x *explainer) leaves(v cue.Value) []cue.Value {
-	var own, other []cue.Value
-	var follow func(v cue.Value, depth int)
-	follow = func(v cue.Value, depth int) {
+func (x *explainer) leaves(v cue.Value) []leaf {
+	var own, other []leaf
+	var follow func(v cue.Value, around token.Pos, depth int)
+	follow = func(v cue.Value, around token.Pos, depth int) {
 		if depth > 16 || len(own)+len(other) > maxLeaves {
 			return
 		}
 		if _, path := v.ReferencePath(); len(path.Selectors()) > 0 {
-			v = cue.Dereference(v)
-			if last := path.Selectors()[len(path.Selectors())-1]; last.IsDefinition() && isDefinition(v.Pos()) {
-				other = append(other, v) // taking it apart would evaluate it again
+			target := cue.Dereference(v)
+			if last := path.Selectors()[len(path.Selectors())-1]; last.IsDefinition() && isDefinition(target.Pos()) {
+				other = append(other, leaf{target, target.Pos()}) // taking it apart would evaluate it again
 				return
 			}
+			v = target
+		}
+		pos := v.Pos()
+		if !pos.IsValid() {
+			pos = around
 		}
 		if op, args := v.Expr(); op == cue.AndOp {
 			for _, a := range args {
-				follow(a, depth+1)
+				follow(a, pos, depth+1)
 			}
 			return
 		}
-		if x.isUser(v.Pos()) {
-			own = append(own, v)
+		if x.isUser(pos) {
+			own = append(own, leaf{v, pos})
 		} else {
-			other = append(other, v)
+			other = append(other, leaf{v, pos})
 		}
 	}
-	follow(v, 0)
+	follow(v, token.NoPos, 0)
 	return append(own, other...)
 }
 
@@ -70,7 +82,7 @@ func (x *explainer) position(v cue.Value) api.Position {
 		return place(p)
 	}
 	for _, leaf := range x.leaves(v) {
-		if p := valuePos(leaf); x.isUser(p) {
+		if p := valuePos(leaf.Value); x.isUser(p) {
 			return place(p)
 		}
 	}
@@ -96,13 +108,20 @@ func place(p token.Pos) api.Position {
 
 // places finds where the user wrote the object v, and maps every field of it to its
 // place. What a definition filled in has the place of the nearest field around it;
-// around v is the place given.
+// around v is the place given. origin is the text that v comes from through all
+// references: two fields that hold the same object have the same.
 //
 // Taking a value apart evaluates its parts again. So v is taken apart once, and its
 // parts are then followed down beside it.
-func (x *explainer) places(v cue.Value, around api.Position) (pos api.Position, fields map[string]api.Position) {
+func (x *explainer) places(v cue.Value, around api.Position) (pos, origin api.Position, fields map[string]api.Position) {
 	pos, fields = around, map[string]api.Position{}
 	sources := x.sources(nil, v)
+	for _, s := range sources {
+		if p := valuePos(s); p.IsValid() {
+			origin = place(p)
+			break
+		}
+	}
 	for _, s := range append([]cue.Value{v}, sources...) {
 		if p := valuePos(s); x.isUser(p) {
 			pos = place(p)
@@ -110,14 +129,14 @@ func (x *explainer) places(v cue.Value, around api.Position) (pos api.Position, 
 		}
 	}
 	x.follow(fields, "", v, sources, pos)
-	return pos, fields
+	return pos, origin, fields
 }
 
 // sources appends the parts of v that do not come from the definition of a kind.
 func (x *explainer) sources(list []cue.Value, v cue.Value) []cue.Value {
 	for _, leaf := range x.leaves(v) {
-		if !isDefinition(leaf.Pos()) {
-			list = append(list, leaf)
+		if !isDefinition(leaf.pos) {
+			list = append(list, leaf.Value)
 		}
 	}
 	return list

@@ -23,7 +23,7 @@ type found struct {
 // are objects.
 type walker struct {
 	e     *evaluator
-	visit func(found)
+	visit func(found) []api.Diagnostic
 	diags []api.Diagnostic
 	// explained are the paths of the values whose errors are all in diagnostics.
 	explained []string
@@ -39,24 +39,25 @@ func (w *walker) walk(v cue.Value, pos api.Position) {
 	case cue.StructKind, cue.BottomKind: // an error inside does not hide the rest
 		if f, ok := asObject(v); ok {
 			f.around = pos
-			w.visit(f)
+			w.diags = append(w.diags, w.visit(f)...)
 			w.explained = append(w.explained, valuePath(v))
 			return
-		}
-		if v.Err() != nil {
-			// What an application in error produces is in error for the same reason.
-			if diags := w.e.explain.shortForm(v, pos); len(diags) > 0 {
-				w.diags = append(w.diags, diags...)
-				w.explained = append(w.explained, valuePath(v))
-				return
-			}
 		}
 	case cue.ListKind:
 	default:
 		return
 	}
+	before := len(w.diags)
 	for _, c := range children(v) {
 		w.walk(c.value, pos)
+	}
+	if len(w.diags) == before && v.Err() == nil {
+		return
+	}
+	// What an application in error makes is in error for the same reasons: say those.
+	if diags := w.e.explain.shortForm(v, pos); len(diags) > 0 {
+		w.diags = append(w.diags[:before], diags...)
+		w.explained = append(w.explained, valuePath(v))
 	}
 }
 

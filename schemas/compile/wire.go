@@ -82,6 +82,7 @@ type wireObject struct {
 	Resource string
 	JSON     []byte
 	Place    wirePlace
+	Origin   wirePlace
 	Fields   []wireField
 }
 
@@ -178,7 +179,7 @@ func toWire(p *packageResult, raw [][]byte) wirePackage {
 		return wirePlace{File: i, Line: pos.Line, Column: pos.Column}
 	}
 	for i, o := range p.objects {
-		wo := wireObject{Resource: string(api.KindOf(o.Object).Resource), JSON: raw[i], Place: place(o.Pos)}
+		wo := wireObject{Resource: string(api.KindOf(o.Object).Resource), JSON: raw[i], Place: place(o.Pos), Origin: place(o.origin)}
 		for field, pos := range o.Fields {
 			wo.Fields = append(wo.Fields, wireField{Path: field, Place: place(pos)})
 		}
@@ -213,6 +214,9 @@ func fromWire(w wirePackage) (*packageResult, error) {
 		}
 		o := Object{Object: object, Fields: make(map[string]api.Position, len(wo.Fields))}
 		if o.Pos, err = place(wo.Place); err != nil {
+			return nil, err
+		}
+		if o.origin, err = place(wo.Origin); err != nil {
 			return nil, err
 		}
 		for _, f := range wo.Fields {

@@ -101,7 +101,7 @@ func (j *judge) oneOf(field, message, name string, names []string) {
 	if slices.Contains(names, name) {
 		return
 	}
-	expected := "none exist"
+	expected := ""
 	if len(names) > 0 {
 		expected = "one of " + strings.Join(quoted(names), ", ")
 	}
