@@ -124,30 +124,26 @@ func (e *eventWriter) flushPending() error {
 	if len(e.pending) == 0 {
 		return nil
 	}
-	e.begin()
-	if _, err := e.w.Write(e.pending); err != nil {
-		e.broken = true
-		return fmt.Errorf("send events: %w", err)
-	}
-	e.pending = e.pending[:0]
 	return e.flush()
 }
 
-// begin sets headers and the deadline of the next write.
-func (e *eventWriter) begin() {
-	_ = e.control.SetWriteDeadline(time.Now().Add(writeTimeout)) // not supported by test recorders
+// flush sends what is pending, headers first: with nothing pending the client
+// learns at once that it is watching.
+func (e *eventWriter) flush() error {
+	defer deadline(e.control)()
 	if !e.begun {
 		e.begun = true
 		e.w.Header().Set("Content-Type", "application/json")
 		e.w.WriteHeader(http.StatusOK)
 	}
-}
-
-func (e *eventWriter) flush() error {
-	e.begin()
-	if err := e.control.Flush(); err != nil {
+	_, err := e.w.Write(e.pending)
+	if err == nil {
+		err = e.control.Flush()
+	}
+	if err != nil {
 		e.broken = true
 		return fmt.Errorf("send events: %w", err)
 	}
+	e.pending = e.pending[:0]
 	return nil
 }

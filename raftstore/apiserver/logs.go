@@ -138,7 +138,7 @@ func (f *flushingWriter) begin() {
 }
 
 func (f *flushingWriter) Write(p []byte) (int, error) {
-	_ = f.control.SetWriteDeadline(time.Now().Add(writeTimeout)) // not supported by test recorders
+	defer deadline(f.control)()
 	f.begin()
 	n, err := f.w.Write(p)
 	if err != nil {
@@ -148,4 +148,11 @@ func (f *flushingWriter) Write(p []byte) (int, error) {
 		return n, fmt.Errorf("send log: %w", err)
 	}
 	return n, nil
+}
+
+// deadline bounds the writes until the returned function is called. Without that
+// call HTTP/2 would reset an idle stream when the time is up, not only a write.
+func deadline(c *http.ResponseController) (done func()) {
+	_ = c.SetWriteDeadline(time.Now().Add(writeTimeout)) // not supported by test recorders
+	return func() { _ = c.SetWriteDeadline(time.Time{}) }
 }

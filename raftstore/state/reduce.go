@@ -161,7 +161,7 @@ func (d *draft) update(m *api.Mutation, old api.Object, kind *api.Kind) *command
 	keepIdentity(o, old)
 	shape := shapeOf(kind)
 	shape.copyStatus(o, old)
-	if rejection := d.bind(m.Key, old, o); rejection != nil {
+	if rejection := d.bind(m, old, o); rejection != nil {
 		return rejection
 	}
 	if rejection := d.mayUpdate(m, old, o); rejection != nil {
@@ -237,18 +237,24 @@ func podGrace(m *api.Mutation, pod *corev1.Pod) int64 {
 	return corev1.DefaultTerminationGracePeriodSeconds
 }
 
-// bind keeps the node of a bound Pod: a Pod never moves.
-func (d *draft) bind(key api.Key, old, o api.Object) *command.Rejection {
+// bind keeps the node of a bound Pod: a Pod never moves. With the node, a binding
+// brings the one condition that belongs to it, PodScheduled.
+func (d *draft) bind(m *api.Mutation, old, o api.Object) *command.Rejection {
 	pod, ok := o.(*corev1.Pod)
 	if !ok {
 		return nil
 	}
 	had := old.(*corev1.Pod).Spec.NodeName
 	if had != "" && pod.Spec.NodeName != "" && pod.Spec.NodeName != had {
-		return &command.Rejection{Code: command.Conflict, Key: key, Message: fmt.Sprintf("is bound to nodes %q already, a pod never moves", had)}
+		return &command.Rejection{Code: command.Conflict, Key: m.Key, Message: fmt.Sprintf("is bound to nodes %q already, a pod never moves", had)}
 	}
 	if had != "" {
 		pod.Spec.NodeName = had
+		return nil
+	}
+	if c := api.PodCondition(m.Object.(*corev1.Pod), corev1.PodScheduled); c != nil && pod.Spec.NodeName != "" {
+		pod.Status = *pod.Status.DeepCopy()
+		api.SetPodCondition(pod, *c, c.LastTransitionTime.Time)
 	}
 	return nil
 }

@@ -152,15 +152,19 @@ func (p *planner) checkSources() {
 	}
 }
 
+// smallChange is how many deletions are within the default budget whatever the size
+// of the source: half of three objects would forbid to remove one application.
+const smallChange = 5
+
 // checkBudget refuses commits that delete more than the source allows.
 func (p *planner) checkBudget() {
 	n := len(p.deleting)
 	if n == 0 || p.AllowDeletions < 0 {
 		return
 	}
-	budget := intstr.FromString("50%")
+	budget, least := intstr.FromString("50%"), smallChange
 	if b := p.Source.Spec.DeletionBudget; b != nil {
-		budget = *b
+		budget, least = *b, 1
 	}
 	d := api.Diagnostic{Hint: fmt.Sprintf("if this is meant, add the line %q to the end of the commit message, or raise deletionBudget in the Source (\"100%%\" allows everything)", fmt.Sprintf("%s: %d", trailer, n))}
 	allowed, text := p.AllowDeletions, strconv.Itoa(p.AllowDeletions)+" by the commit message"
@@ -172,7 +176,7 @@ func (p *planner) checkBudget() {
 			p.out.Refusals = append(p.out.Refusals, d)
 			return
 		}
-		allowed, text = max(1, scaled), budget.String()
+		allowed, text = max(least, scaled), budget.String()
 	}
 	switch all := p.AllowDeletions == 0 && budget.Type == intstr.String && budget.StrVal == "100%"; {
 	case len(p.items) == 0 && p.AllowDeletions == 0 && !all:
