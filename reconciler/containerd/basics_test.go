@@ -42,12 +42,16 @@ func assertNothingLeft(t testing.TB, cfg Config) {
 			t.Errorf("folder left: %s", dir)
 		}
 	}
-	procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, p := range procs {
-		if line, err := os.ReadFile(p); err == nil && bytes.Contains(line, []byte(cfg.Namespace)) {
-			t.Errorf("process left: %s: %q", filepath.Dir(p), line)
+	// A shim ends a moment after it was told to.
+	await(t, "the end of all processes that name "+cfg.Namespace, func() bool {
+		procs, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+		for _, p := range procs {
+			if line, err := os.ReadFile(p); err == nil && bytes.Contains(line, []byte(cfg.Namespace)) {
+				return false
+			}
 		}
-	}
+		return true
+	})
 }
 
 func TestLifeOfAPod(t *testing.T) {

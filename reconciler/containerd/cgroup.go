@@ -62,6 +62,10 @@ func (r *Runtime) podCgroup(pod types.UID) string {
 	return filepath.Join(r.cfg.CgroupParent, "pod"+string(pod))
 }
 
+func (r *Runtime) containerCgroup(pod types.UID, id string) string {
+	return filepath.Join(r.podCgroup(pod), id)
+}
+
 // createPodCgroup makes the cgroup that holds a pod's containers and sets the
 // limits of the whole pod.
 func createPodCgroup(path string, res corev1.ResourceRequirements) error {
@@ -204,6 +208,31 @@ func killAll(dir string) {
 			_ = syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
+}
+
+// populated reports whether processes run in a cgroup or below it.
+func populated(path string) bool {
+	tree, err := cgroups()
+	if err != nil {
+		return false
+	}
+	found := false
+	for _, root := range tree.roots {
+		_ = filepath.WalkDir(filepath.Join(root, path), func(dir string, d fs.DirEntry, err error) error {
+			if err != nil || !d.IsDir() {
+				return nil
+			}
+			data, err := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+			if found = err == nil && len(data) > 0; found {
+				return filepath.SkipAll
+			}
+			return nil
+		})
+		if found {
+			return true
+		}
+	}
+	return false
 }
 
 // oomKills returns how many processes the kernel killed in a cgroup for lack of

@@ -169,6 +169,9 @@ func (r *Runtime) startContainer(ctx context.Context, c containers.Container, m 
 		return err
 	}
 	if err != nil {
+		if begun, _ := r.cfg.logPaths(m).started(); begun {
+			return errors.New("it has already run, and its end was not seen: create its next attempt")
+		}
 		if err := r.createTask(ctx, c, m); err != nil {
 			return cleanStartError(err)
 		}
@@ -242,10 +245,15 @@ func (r *Runtime) SignalContainer(ctx context.Context, id string, signal int) er
 
 func (r *Runtime) kill(ctx context.Context, id string, signal int, all bool) error {
 	_, err := r.client.TaskService().Kill(ctx, &tasks.KillRequest{ContainerID: id, Signal: uint32(signal), All: all})
-	if err = errgrpc.ToNative(err); err != nil && !errdefs.IsNotFound(err) && !strings.Contains(err.Error(), "process already finished") {
-		return err
+	if err = errgrpc.ToNative(err); err == nil || errdefs.IsNotFound(err) {
+		return nil
 	}
-	return nil
+	// It may have ended meanwhile, with its shim; containerd has many words for that.
+	task, getErr := r.getTask(ctx, id)
+	if errdefs.IsNotFound(getErr) || getErr == nil && task.Status == tasktypes.Status_STOPPED {
+		return nil
+	}
+	return err
 }
 
 // RemoveContainer implements agent.Runtime.
@@ -269,8 +277,15 @@ func (r *Runtime) removeContainer(ctx context.Context, c containers.Container, m
 	if err := r.removeTask(ctx, c.ID); err != nil {
 		return err
 	}
+	// Nothing when the task was deleted; what is left after the death of a shim
+	// otherwise.
+	if err := removeCgroup(r.containerCgroup(m.pod, c.ID)); err != nil {
+		return err
+	}
 	if err := r.pumps.finish(m); err != nil {
-		return fmt.Errorf("finish log: %w", err)
+		// As with a full disk, which the removal may mend.
+		r.log.Error("the end of a container's log is lost", "container", c.ID, "error", err)
+		r.pumps.abandonRaw(m)
 	}
 	if err := r.removeSnapshot(ctx, c.Snapshotter, c.SnapshotKey); err != nil {
 		return err

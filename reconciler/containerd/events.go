@@ -15,6 +15,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 	"github.com/containerd/typeurl/v2"
+	"google.golang.org/protobuf/types/known/timestamppb"
 )
 
 // reapTimeout bounds what is done for one ended container. containerd itself waits
@@ -80,7 +81,8 @@ func (r *Runtime) handle(env *events.Envelope) {
 	}
 }
 
-// sweep reaps the containers that ended while nobody watched.
+// sweep does what was missed while nobody watched: it reaps the containers that ended,
+// writes down the end of those whose process is gone without a trace, and ends logs.
 func (r *Runtime) sweep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, reapTimeout)
 	defer cancel()
@@ -88,12 +90,45 @@ func (r *Runtime) sweep(ctx context.Context) error {
 	if err != nil {
 		return errgrpc.ToNative(err)
 	}
+	known := map[string]bool{}
 	for _, t := range resp.Tasks {
+		known[t.ID] = true
 		if t.Status == tasktypes.Status_STOPPED {
 			r.goReap(t.ID, nil)
 		}
 	}
+	all, err := r.client.ContainerService().List(ctx, `labels."`+labelPodUID+`"`)
+	if err != nil {
+		return err
+	}
+	for _, c := range all {
+		if !known[c.ID] {
+			r.bury(ctx, c.ID)
+		}
+	}
 	return nil
+}
+
+// bury completes a container that has begun and has no process any more.
+func (r *Runtime) bury(ctx context.Context, id string) {
+	c, err := r.client.ContainerService().Get(ctx, id)
+	if err != nil {
+		return // removed, or the next sweep's
+	}
+	m := metaOf(c.Labels)
+	defer r.locks.lock(string(m.pod))()
+	begun, _ := r.cfg.logPaths(m).started()
+	if _, err := r.getTask(ctx, id); !begun || !errdefs.IsNotFound(err) || populated(r.containerCgroup(m.pod, id)) {
+		return
+	}
+	gone := &tasktypes.Process{ExitStatus: lostExitCode, ExitedAt: timestamppb.Now()}
+	if err := r.recordExit(ctx, c, m, gone); err != nil {
+		r.log.Error("record the end of a lost container", "container", id, "error", err)
+		return
+	}
+	if err := r.pumps.finish(m); err != nil {
+		r.log.Error("finish log", "container", id, "error", err)
+	}
 }
 
 // reapLater reaps a container that was found ended.
@@ -159,7 +194,7 @@ func (r *Runtime) recordExit(ctx context.Context, c containers.Container, m meta
 	_, startedAt := r.cfg.logPaths(m).started()
 	data, err := json.Marshal(exitRecord{
 		Code: int32(task.ExitStatus), At: task.ExitedAt.AsTime(), StartedAt: startedAt,
-		OOM: task.ExitStatus != 0 && oomKills(r.podCgroup(m.pod)+"/"+c.ID) > 0,
+		OOM: task.ExitStatus != 0 && oomKills(r.containerCgroup(m.pod, c.ID)) > 0,
 	})
 	if err != nil {
 		return err

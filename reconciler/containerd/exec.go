@@ -35,6 +35,9 @@ func (r *Runtime) Exec(ctx context.Context, id string, cfg agent.ExecConfig) (in
 		defer cancel()
 	}
 	code, err := r.exec(ctx, id, cfg)
+	if err != nil && ctx.Err() != nil && !errors.Is(err, ctx.Err()) {
+		err = fmt.Errorf("%w: %w", ctx.Err(), err) // containerd reports it without its type
+	}
 	if err != nil {
 		return 0, fmt.Errorf("exec in container %s: %w", id, err)
 	}

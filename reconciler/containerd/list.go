@@ -143,6 +143,37 @@ func sorted(pods map[types.UID]*agent.Sandbox) []agent.Sandbox {
 // observe puts the state of one container together from its labels, its task and
 // the traces of its start.
 func (r *Runtime) observe(ctx context.Context, c containers.Container, m meta, task *tasktypes.Process) (agent.Container, error) {
+	if begun, _ := r.cfg.logPaths(m).started(); task != nil || m.exit != nil || !begun {
+		return r.compose(c, m, task), nil
+	}
+	// Begun, and no process is listed: it is being started or reaped just now, or
+	// containerd left it out because its shim did not answer in time, or it is lost.
+	unlock, ok := r.locks.tryLock(string(m.pod))
+	if !ok {
+		// The end is not written down yet; a later event tells of it.
+		busy := &tasktypes.Process{Status: tasktypes.Status_CREATED}
+		if !readTime(r.cfg.logPaths(m).marker()).IsZero() {
+			busy.Status = tasktypes.Status_RUNNING
+		}
+		return r.compose(c, m, busy), nil
+	}
+	defer unlock()
+	fresh, err := r.client.ContainerService().Get(ctx, c.ID)
+	if err != nil && !errdefs.IsNotFound(err) {
+		return agent.Container{}, err
+	}
+	if err == nil {
+		c, m = fresh, metaOf(fresh.Labels)
+	}
+	// Only a plain "not found" counts as an end.
+	if task, err = r.getTask(ctx, c.ID); err != nil && !errdefs.IsNotFound(err) {
+		return agent.Container{}, err
+	}
+	return r.compose(c, m, task), nil
+}
+
+// compose says what labels, task and traces amount to.
+func (r *Runtime) compose(c containers.Container, m meta, task *tasktypes.Process) agent.Container {
 	out := agent.Container{
 		ID: c.ID, Name: m.name, Attempt: m.attempt, Init: m.init, State: agent.Created,
 		Image: m.image, ImageRef: m.imageRef, CreatedAt: c.CreatedAt, Hash: m.hash,
@@ -150,33 +181,26 @@ func (r *Runtime) observe(ctx context.Context, c containers.Container, m meta, t
 	if m.exit != nil {
 		out.State, out.ExitCode, out.OOMKilled = agent.Exited, m.exit.Code, m.exit.OOM
 		out.StartedAt, out.FinishedAt = m.exit.StartedAt, m.exit.At
-		return out, nil
+		return out
 	}
-	paths := r.cfg.logPaths(m)
-	begun, startedAt := paths.started()
-	if task == nil && begun {
-		// containerd leaves a task out of its list when its shim does not answer in
-		// time: only a plain "not found" counts as an end.
-		t, err := r.getTask(ctx, c.ID)
-		if err != nil && !errdefs.IsNotFound(err) {
-			return out, err
-		}
-		task = t
-	}
-	out.StartedAt = startedAt
+	begun, startedAt := r.cfg.logPaths(m).started()
 	switch {
-	case task == nil && begun:
+	case task == nil && !begun, task != nil && task.Status == tasktypes.Status_CREATED:
+		return out
+	case task == nil && populated(r.containerCgroup(m.pod, c.ID)):
+		// Its shim has died, and containerd has not yet killed what it left behind.
+		out.State = agent.Running
+	case task == nil:
 		out.State, out.ExitCode = agent.Exited, lostExitCode
-	case task == nil || task.Status == tasktypes.Status_CREATED:
-		out.StartedAt = time.Time{}
 	case task.Status == tasktypes.Status_STOPPED:
 		out.State, out.ExitCode, out.FinishedAt = agent.Exited, int32(task.ExitStatus), task.ExitedAt.AsTime()
-		out.OOMKilled = task.ExitStatus != 0 && oomKills(r.podCgroup(m.pod)+"/"+c.ID) > 0
+		out.OOMKilled = task.ExitStatus != 0 && oomKills(r.containerCgroup(m.pod, c.ID)) > 0
 		r.reapLater(c.ID)
 	default:
 		out.State, out.Pid = agent.Running, task.Pid
 	}
-	return out, nil
+	out.StartedAt = startedAt
+	return out
 }
 
 // containersOf lists the containers of a pod.

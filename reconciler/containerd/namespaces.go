@@ -37,16 +37,32 @@ func (r *Runtime) makeNamespaces(rec sandboxRecord, sysctls map[string]string) e
 		return err
 	}
 	done := make(chan error, 1)
-	go func() {
-		// Never unlocked: a thread in foreign namespaces must not serve others, so
-		// the runtime ends it together with this goroutine.
-		runtime.LockOSThread()
-		done <- unshareOnThread(dir, rec.Hostname, kinds, sysctls)
-	}()
+	go onSpareThread(func() { done <- unshareOnThread(dir, rec.Hostname, kinds, sysctls) })
 	if err := <-done; err != nil {
 		return errors.Join(fmt.Errorf("make namespaces: %w", err), removeNamespaces(dir))
 	}
 	return nil
+}
+
+// onSpareThread runs f on a thread that ends with it. It must be called in a goroutine
+// of its own.
+func onSpareThread(f func()) {
+	// Never unlocked: a thread in foreign namespaces must not serve others, so the
+	// runtime ends it together with this goroutine.
+	runtime.LockOSThread()
+	if unix.Gettid() != unix.Getpid() {
+		f()
+		return
+	}
+	// The first thread never ends, and /proc/self shows its namespaces: while it is
+	// held here, another goroutine is on another thread.
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		onSpareThread(f)
+	}()
+	<-done
+	runtime.UnlockOSThread()
 }
 
 func unshareOnThread(dir, hostname string, kinds []string, sysctls map[string]string) error {

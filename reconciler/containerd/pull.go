@@ -17,7 +17,9 @@ import (
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
 	"github.com/distribution/reference"
+	"github.com/sirupsen/logrus"
 	corev1 "k8s.io/api/core/v1"
 
 	"decree.dev/decree/reconciler/agent"
@@ -33,7 +35,7 @@ const (
 // PullImage implements agent.Runtime. Errors match one of the agent's image errors.
 // Registries are spoken to by HTTPS; plain HTTP is used for loopback only.
 func (r *Runtime) PullImage(ctx context.Context, image string, policy corev1.PullPolicy, auth []agent.RegistryAuth) (string, error) {
-	ctx = r.ns(ctx)
+	ctx = silent(r.ns(ctx))
 	ref, err := parseImage(image)
 	if err != nil {
 		return "", err
@@ -54,6 +56,14 @@ func (r *Runtime) PullImage(ctx context.Context, image string, policy corev1.Pul
 		return "", fmt.Errorf("pull image %s: %w", ref, err)
 	}
 	return digestRef(ref, info.Digest), nil
+}
+
+// silent keeps containerd's client from writing to stderr: what it has to say about
+// a pull is in the error.
+func silent(ctx context.Context) context.Context {
+	logger := logrus.New()
+	logger.SetOutput(io.Discard)
+	return log.WithLogger(ctx, logrus.NewEntry(logger))
 }
 
 // candidates are the credentials for the registry of ref. None is a candidate only

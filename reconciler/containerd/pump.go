@@ -192,15 +192,15 @@ func (p *pump) moveChunk(s *rawStream, buf []byte, final bool) (int64, error) {
 	if n == 0 {
 		return 0, nil
 	}
-	var out bytes.Buffer
-	used := appendLines(&out, s.stamp(), s.name, buf[:n], final && n < len(buf))
-	if used == 0 {
-		return 0, nil
-	}
-	if p.size > 0 && p.size+int64(out.Len()) > p.maxBytes {
+	if p.size >= p.maxBytes {
 		if err := p.rotate(); err != nil {
 			return 0, fmt.Errorf("rotate log: %w", err)
 		}
+	}
+	var out bytes.Buffer
+	used := appendLines(&out, s.stamp(), s.name, buf[:n], final && n < len(buf), p.maxBytes-p.size)
+	if used == 0 {
+		return 0, nil
 	}
 	if _, err := p.out.Write(out.Bytes()); err != nil {
 		// A part may have arrived: take it back, the position has not moved.
@@ -269,11 +269,12 @@ func (p *pump) rotate() error {
 }
 
 // appendLines writes complete lines, and parts of lines that are too long or, if
-// final, unfinished. It returns how many bytes it used.
-func appendLines(out *bytes.Buffer, at time.Time, stream string, data []byte, final bool) int {
+// final, unfinished. It stops once out holds room bytes, and returns how many bytes of
+// data it used.
+func appendLines(out *bytes.Buffer, at time.Time, stream string, data []byte, final bool, room int64) int {
 	stamp := at.UTC().AppendFormat(nil, time.RFC3339Nano)
 	used := 0
-	for len(data) > 0 {
+	for len(data) > 0 && int64(out.Len()) < room {
 		n := bytes.IndexByte(data, '\n')
 		tag, skip := " F ", 1
 		switch {

@@ -219,6 +219,15 @@ func (ps *pumps) finish(m meta) error {
 	return os.RemoveAll(paths.raw())
 }
 
+// abandonRaw ends the pump of an attempt and forgets what it has not moved.
+func (ps *pumps) abandonRaw(m meta) {
+	paths := ps.cfg.logPaths(m)
+	if p := ps.find(paths); p != nil {
+		ps.discard(p)
+	}
+	os.RemoveAll(paths.raw())
+}
+
 // discard ends a pump and its followers.
 func (ps *pumps) discard(p *pump) {
 	ps.mu.Lock()

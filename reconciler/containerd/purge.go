@@ -6,15 +6,21 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
+	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/errdefs"
+	"github.com/moby/sys/mountinfo"
 	"github.com/opencontainers/go-digest"
 	"k8s.io/apimachinery/pkg/types"
 )
+
+// runcRoot is where the shim has runc keep the state of containers.
+const runcRoot = "/run/containerd/runc"
 
 // Purge removes everything this Runtime made: containers, snapshots, images and
 // content of its containerd namespace and the namespace itself, sandboxes, cgroups,
@@ -29,6 +35,7 @@ func (r *Runtime) Purge(ctx context.Context) error {
 		}
 	}
 	add("containers", r.purgeContainers(ctx))
+	add("mounts", r.awaitUnmounts(ctx))
 	add("sandboxes", r.purgeSandboxes())
 	add("images", r.purgeImages(ctx))
 	add("snapshots", r.purgeSnapshots(ctx))
@@ -44,8 +51,9 @@ func (r *Runtime) Purge(ctx context.Context) error {
 	for _, dir := range []string{r.cfg.nsDir(), r.cfg.fifoDir(), r.cfg.sandboxDir(), r.cfg.logDir()} {
 		add("folders", os.RemoveAll(dir))
 	}
-	for _, dir := range []string{r.cfg.RunDir, r.cfg.Dir} {
-		_ = os.Remove(dir) // only when nothing of others lives there
+	// Only when empty: runc's folder of this namespace, and those that may be shared.
+	for _, dir := range []string{filepath.Join(runcRoot, r.cfg.Namespace), r.cfg.RunDir, filepath.Dir(r.cfg.RunDir), r.cfg.Dir} {
+		_ = os.Remove(dir)
 	}
 	return errors.Join(errs...)
 }
@@ -63,6 +71,28 @@ func (r *Runtime) purgeContainers(ctx context.Context) error {
 		unlock()
 	}
 	return errors.Join(errs...)
+}
+
+// awaitUnmounts waits until containerd has unmounted the containers of a shim that
+// died: it does so in the background.
+func (r *Runtime) awaitUnmounts(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, killTimeout)
+	defer cancel()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
+			return !strings.HasSuffix(m.Mountpoint, "/rootfs") || !strings.Contains(m.Mountpoint, "/io.containerd.runtime.v2.task/"+r.cfg.Namespace+"/"), false
+		})
+		if err != nil || len(mounts) == 0 {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s stays mounted: %w", mounts[0].Mountpoint, ctx.Err())
+		case <-tick.C:
+		}
+	}
 }
 
 // purgeSandboxes removes sandboxes with a record, and namespaces without one.

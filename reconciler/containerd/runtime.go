@@ -218,7 +218,24 @@ type keyLock struct {
 
 // lock locks key and returns how to unlock it.
 func (k *keyLocks) lock(key string) (unlock func()) {
+	l := k.use(key)
+	l.Lock()
+	return func() { k.unuse(key, l, true) }
+}
+
+// tryLock is lock if nobody holds it.
+func (k *keyLocks) tryLock(key string) (unlock func(), ok bool) {
+	l := k.use(key)
+	if !l.TryLock() {
+		k.unuse(key, l, false)
+		return nil, false
+	}
+	return func() { k.unuse(key, l, true) }, true
+}
+
+func (k *keyLocks) use(key string) *keyLock {
 	k.mu.Lock()
+	defer k.mu.Unlock()
 	if k.locks == nil {
 		k.locks = map[string]*keyLock{}
 	}
@@ -228,14 +245,16 @@ func (k *keyLocks) lock(key string) (unlock func()) {
 		k.locks[key] = l
 	}
 	l.users++
-	k.mu.Unlock()
-	l.Lock()
-	return func() {
+	return l
+}
+
+func (k *keyLocks) unuse(key string, l *keyLock, held bool) {
+	if held {
 		l.Unlock()
-		k.mu.Lock()
-		defer k.mu.Unlock()
-		if l.users--; l.users == 0 {
-			delete(k.locks, key)
-		}
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if l.users--; l.users == 0 {
+		delete(k.locks, key)
 	}
 }

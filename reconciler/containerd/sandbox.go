@@ -2,6 +2,8 @@ package containerd
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -14,6 +16,10 @@ import (
 
 	"decree.dev/decree/reconciler/agent"
 )
+
+// shimSockets is where shims listen, named by containerd's address, its namespace and
+// the pod.
+const shimSockets = "/run/containerd/s"
 
 // sandboxRecord is what must be known of a sandbox after a restart; containerd has
 // no place for a pod without containers. It is a JSON file named after the pod.
@@ -124,6 +130,9 @@ func (r *Runtime) dropSandbox(pod types.UID) error {
 	if err := os.RemoveAll(filepath.Join(r.cfg.logDir(), string(pod))); err != nil {
 		return err
 	}
+	// The socket of the pod's shim, which a killed one leaves behind.
+	sum := sha256.Sum256([]byte(filepath.Join(r.cfg.Address, r.cfg.Namespace, string(pod))))
+	os.Remove(filepath.Join(shimSockets, hex.EncodeToString(sum[:])))
 	return os.Remove(r.recordPath(pod))
 }
 

@@ -87,6 +87,10 @@ func capabilities(c *corev1.Capabilities) ([]string, error) {
 	if c == nil {
 		return set, nil
 	}
+	available, err := cap.Current()
+	if err != nil {
+		return nil, fmt.Errorf("capabilities of this node: %w", err)
+	}
 	known := cap.Known()
 	name := func(c corev1.Capability) (string, error) {
 		n := "CAP_" + strings.TrimPrefix(strings.ToUpper(string(c)), "CAP_")
@@ -95,6 +99,8 @@ func capabilities(c *corev1.Capabilities) ([]string, error) {
 		}
 		return n, nil
 	}
+	// Root in a restricted machine lacks some, which cannot be given away.
+	has := func(n string) bool { return slices.Contains(available, n) }
 	var add, drop []string
 	for list, dst := range map[*[]corev1.Capability]*[]string{&c.Add: &add, &c.Drop: &drop} {
 		for _, one := range *list {
@@ -109,10 +115,13 @@ func capabilities(c *corev1.Capabilities) ([]string, error) {
 		set = nil
 	}
 	if slices.Contains(add, "CAP_ALL") {
-		set = slices.Clone(known)
+		set = slices.Clone(available)
 	}
 	set = slices.DeleteFunc(set, func(n string) bool { return slices.Contains(drop, n) })
 	for _, n := range add {
+		if n != "CAP_ALL" && !has(n) {
+			return nil, fmt.Errorf("%w: this node does not have capability %s", agent.ErrInvalidContainer, n)
+		}
 		if n != "CAP_ALL" && !slices.Contains(set, n) {
 			set = append(set, n)
 		}

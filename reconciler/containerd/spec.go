@@ -43,7 +43,7 @@ func (r *Runtime) spec(ctx context.Context, id string, cfg agent.ContainerConfig
 			s.Process.Rlimits = nil // those of the node; 1024 files are too few for servers
 			return nil
 		},
-		oci.WithCgroup(filepath.Join(r.podCgroup(cfg.Pod.UID), id)),
+		oci.WithCgroup(r.containerCgroup(cfg.Pod.UID, id)),
 		oci.WithAnnotations(map[string]string{shimGroup: string(cfg.Pod.UID)}),
 		withDefaultPath,
 	}
