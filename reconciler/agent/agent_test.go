@@ -51,6 +51,20 @@ func TestPodRuns(t *testing.T) {
 	})
 }
 
+func TestRunningIsReportedAtOnce(t *testing.T) {
+	scenario(t, func(t *testing.T) {
+		w := newWorld(t, makePod("web"))
+		w.run()
+		defer w.stop()
+		w.after(time.Second)
+		w.plane.set(makePod("late"))
+		w.after(time.Millisecond) // nothing between the push and the report waits for a clock
+		if p := w.plane.pod("late"); p.Status.Phase != corev1.PodRunning || !ready(p) {
+			t.Errorf("status %+v", p.Status)
+		}
+	})
+}
+
 func TestCrashLoop(t *testing.T) {
 	scenario(t, func(t *testing.T) {
 		w := newWorld(t, makePod("web"))

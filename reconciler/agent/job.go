@@ -44,7 +44,6 @@ type job struct {
 	netns string
 	ref   string // of the image
 	hash  string
-	etc   volume.Etc
 	want  string // version of the volumes
 }
 

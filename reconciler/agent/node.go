@@ -41,15 +41,22 @@ func (a *Agent) runNode(ctx context.Context) {
 	var reported *corev1.Node
 	lost := true
 	for {
-		err, since := a.obs.health()
+		since, err := a.obs.health()
 		_, list := a.obs.all()
 		if err == nil && list == 0 {
 			err = errors.New("the runtime has not answered yet")
 		}
 		reported = a.reportNode(facts, reported, err, since)
-		if lost = err != nil; lost {
+		switch {
+		case err != nil && list > 0:
 			a.log.Warn("container runtime", "err", err)
+			if !lost {
+				a.events.aboutNode(true, "NodeNotReady", "The container runtime does not answer: "+oneLine(err.Error()))
+			}
+		case err == nil && lost:
+			a.events.aboutNode(false, "NodeReady", "The agent runs and the container runtime answers")
 		}
+		lost = err != nil
 		for again := false; !again; {
 			select {
 			case <-ctx.Done():
@@ -57,7 +64,7 @@ func (a *Agent) runNode(ctx context.Context) {
 			case <-tick.C:
 				again = true
 			case <-watch.C:
-				now, _ := a.obs.health()
+				_, now := a.obs.health()
 				_, list := a.obs.all()
 				again = (now != nil || list == 0) != lost
 			}

@@ -68,11 +68,12 @@ func (o *observer) all() (pods map[types.UID]*Sandbox, number uint64) {
 	return maps.Clone(o.pods), o.have
 }
 
-// health returns the error of the runtime, if the last list did not succeed.
-func (o *observer) health() (err error, since time.Time) {
+// health returns the error of the runtime, if the last list did not succeed, and
+// since when it is so.
+func (o *observer) health() (since time.Time, err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return o.err, o.errSince
+	return o.errSince, o.err
 }
 
 // run lists until ctx ends. After an error it backs off, whatever the events say.

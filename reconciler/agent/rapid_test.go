@@ -18,7 +18,6 @@ type model struct {
 	pod     *corev1.Pod
 	sandbox *Sandbox
 	local   LocalState
-	serial  int
 	gone    bool
 	starts  map[string]int // by container ID
 }

@@ -185,9 +185,10 @@ func TestMissingConfigMap(t *testing.T) {
 func TestImagePullBackOff(t *testing.T) {
 	scenario(t, func(t *testing.T) {
 		w := newWorld(t, makePod("web"))
-		broken := true
+		var broken atomic.Bool
+		broken.Store(true)
 		w.runtime.Fail = func(call, _ string) error {
-			if call == "PullImage" && broken {
+			if call == "PullImage" && broken.Load() {
 				return errors.New("manifest unknown")
 			}
 			return nil
@@ -203,7 +204,7 @@ func TestImagePullBackOff(t *testing.T) {
 			t.Errorf("second: %+v", s)
 		}
 		w.wantEvent("web", `Failed: Failed to pull image "app:1"`)
-		broken = false
+		broken.Store(false)
 		w.after(time.Minute)
 		if s := w.status("web", "main"); s.State.Running == nil {
 			t.Errorf("after the mend: %+v", s)
@@ -280,9 +281,9 @@ func TestNothingIsPrunedBeforeTheViewIsLoaded(t *testing.T) {
 func TestRuntimeLossIsNoExit(t *testing.T) {
 	scenario(t, func(t *testing.T) {
 		w := newWorld(t, makePod("web"))
-		lost := false
+		var lost atomic.Bool
 		w.runtime.Fail = func(string, string) error {
-			if lost {
+			if lost.Load() {
 				return errors.New("connection refused")
 			}
 			return nil
@@ -294,7 +295,7 @@ func TestRuntimeLossIsNoExit(t *testing.T) {
 			t.Fatalf("node %+v", n)
 		}
 		before := w.status("web", "main")
-		lost = true
+		lost.Store(true)
 		w.after(2 * time.Minute)
 		n := w.plane.node("n1").Status.Conditions[0]
 		if n.Status != corev1.ConditionFalse || !strings.Contains(n.Message, "connection refused") {
@@ -303,7 +304,7 @@ func TestRuntimeLossIsNoExit(t *testing.T) {
 		if s := w.status("web", "main"); s.State.Running == nil || s.ContainerID != before.ContainerID {
 			t.Errorf("status %+v", s)
 		}
-		lost = false
+		lost.Store(false)
 		w.after(20 * time.Second)
 		if n := w.plane.node("n1").Status.Conditions[0]; n.Status != corev1.ConditionTrue {
 			t.Errorf("node condition %+v", n)

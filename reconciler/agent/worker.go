@@ -83,7 +83,7 @@ func (w *worker) update(pod *corev1.Pod, view api.Reader, removed, draining bool
 	if pod == nil {
 		n.pod = w.next.pod
 	}
-	if n.pod == w.next.pod && n.removed == w.next.removed && n.draining == w.next.draining && w.changed == false &&
+	if n.pod == w.next.pod && n.removed == w.next.removed && n.draining == w.next.draining && !w.changed &&
 		w.next.view != nil && !usesObjects(n.pod) {
 		w.next.view = view
 		return

@@ -123,6 +123,10 @@ func SubPath(m Mounter, root, sub, target string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("subPath %q: %w", sub, err)
 	}
+	// An earlier attempt of the container may have left a mount of old content.
+	if err := m.Unmount(target); err != nil {
+		return "", fmt.Errorf("subPath %q: %w", sub, err)
+	}
 	if err := makeTarget(target, info.IsDir()); err != nil {
 		return "", fmt.Errorf("subPath %q: %w", sub, err)
 	}
