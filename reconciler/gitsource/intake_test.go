@@ -279,15 +279,8 @@ func TestIntakeStopsWithContext(t *testing.T) {
 }
 
 // FuzzPackIntake: whatever comes, the intake ends with a reason, or with objects
-// that are complete.
+// that are complete. Seeds are in testdata/fuzz: a good pack and the wrong ones above.
 func FuzzPackIntake(f *testing.F) {
-	good, _ := goodPack()
-	f.Add(good.bytes())
-	for _, data := range wrongPacks() {
-		if len(data) < 4096 {
-			f.Add(data)
-		}
-	}
 	f.Fuzz(func(t *testing.T, data []byte) {
 		q := testQuarantine(t)
 		lim := Limits{PackBytes: 1 << 16, Objects: 200, ObjectBytes: 1 << 18, InflatedBytes: 1 << 20, DeltaBytes: 1 << 20}.withDefaults()

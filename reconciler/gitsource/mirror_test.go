@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -293,8 +294,10 @@ func TestFetchFromServer(t *testing.T) {
 func TestFetchTrouble(t *testing.T) {
 	b := newBench(t)
 	first := b.seed(hello)
-	var mode string
+	var current atomic.Value
+	current.Store("")
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		mode := current.Load().(string)
 		refs := strings.HasSuffix(r.URL.Path, "/info/refs")
 		if mode != "" && !refs { // a server notices that its client is gone only when the body is read
 			_, _ = io.Copy(io.Discard, r.Body)
@@ -344,7 +347,7 @@ func TestFetchTrouble(t *testing.T) {
 		"garbage pack": CauseGarbage, "raw garbage": CauseGarbage, "empty pack": CauseNotFound, "endless pack": CauseLimit, "": "",
 	} {
 		t.Run(name, func(t *testing.T) {
-			mode = name
+			current.Store(name)
 			lim := Limits{PackBytes: 4 << 20}
 			if name == "silent" {
 				lim.Time = 300 * time.Millisecond
