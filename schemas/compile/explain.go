@@ -123,7 +123,7 @@ func (x *explainer) data(v cue.Value, isDef func(token.Pos) bool) (data cue.Valu
 
 // branchesOf returns the alternatives of a disjunction that are structs, or nil.
 func branchesOf(def cue.Value) []cue.Value {
-	op, args := cue.Dereference(def).Expr()
+	op, args := dereference(def).Expr()
 	if op != cue.OrOp || len(args) > maxBranches {
 		return nil
 	}
@@ -412,7 +412,7 @@ func attributes(v cue.Value, name string, depth int) []cue.Attribute {
 		return list
 	}
 	if _, path := v.ReferencePath(); len(path.Selectors()) > 0 {
-		if d := cue.Dereference(v); d.Exists() {
+		if d := dereference(v); d.Exists() {
 			list = append(list, attributes(d, name, depth+1)...)
 		}
 	}
