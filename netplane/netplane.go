@@ -4,21 +4,27 @@
 package netplane
 
 import (
-	"net/netip"
+	"context"
 
-	corev1 "k8s.io/api/core/v1"
-	discoveryv1 "k8s.io/api/discovery/v1"
+	"decree.dev/decree/netplane/render"
 )
 
 // Desired is the whole network of one node as the cluster wants it.
-type Desired struct {
-	Node        string
-	PodCIDRs    []netip.Prefix // of this node
-	ClusterCIDR []netip.Prefix // all pods
-	ServiceCIDR []netip.Prefix
-	DNS         netip.Addr // the cluster DNS address
-	Domain      string     // "cluster.local"
-	Services    []*corev1.Service
-	Slices      []*discoveryv1.EndpointSlice
-	Nodes       []*corev1.Node
+type Desired = render.Desired
+
+// Services is a kernel's service tables. netplane/nft is the one for nftables,
+// netplane/simnet the one for tests; both pass the suite in netplane/netplanetest.
+//
+// Methods may be called concurrently; they take turns.
+type Services interface {
+	// Sync makes the kernel hold t and returns how many service ports (and, as one
+	// more, settings) it had to change. A service changes at once: no packet sees half
+	// of it. The first Sync adopts what an earlier process left. After an error part
+	// of the services may have changed; the next Sync starts from what is there.
+	Sync(ctx context.Context, t render.Table) (int, error)
+	// Read returns what the kernel holds. When that is not what the last Sync left,
+	// the next Sync repairs it.
+	Read(ctx context.Context) (render.Table, error)
+	// Purge removes everything that any Sync ever made.
+	Purge(ctx context.Context) error
 }

@@ -1,8 +1,13 @@
 // Package command is the vocabulary of the replicated log: transactions, their
-// results, and the versioned encoding of both.
+// results, and the versioned encoding of log entries and of single objects.
+//
+// It is pure: bytes in, values out. What a transaction does to the state is the
+// business of raftstore/state; how entries travel is that of raftstore.
 package command
 
 import (
+	"net/netip"
+
 	"decree.dev/decree/schemas/api"
 )
 
@@ -10,7 +15,8 @@ import (
 // data; the state machine adds nothing to it but what it can derive from the log.
 type Txn struct {
 	// Key makes a retry harmless: a Txn whose key was applied already returns the
-	// first result. Empty means no protection.
+	// first result. Empty means no protection. A rejected Txn changed nothing and is
+	// not remembered.
 	Key string
 	// Time is the proposer's clock in milliseconds since 1970. The state machine
 	// has no clock of its own; it uses max(Time, the newest time it has seen).
@@ -23,8 +29,25 @@ type Txn struct {
 	// a transaction may create, update or delete objects that come from Git, and
 	// only those of its own source.
 	Commit *Commit
+	// Bootstrap is set in the first transaction of a cluster, and only there.
+	Bootstrap *Bootstrap
 	// Mutations are applied in order. Each key may occur once.
 	Mutations []api.Mutation
+}
+
+// Bootstrap holds the settings a cluster is born with. They live in the state, so
+// that every replica allocates alike.
+type Bootstrap struct {
+	// ClusterID names the cluster for ever; UIDs are derived from it.
+	ClusterID string
+	// ServiceCIDR is the range of service addresses, between /8 and /30 wide for
+	// IPv4 (or as many addresses for IPv6). Its first and last address are not used.
+	ServiceCIDR netip.Prefix
+	// PodCIDR is cut into one range of NodeMask bits per Node.
+	PodCIDR  netip.Prefix
+	NodeMask int
+	// DNS is the cluster DNS address; it lies in ServiceCIDR and no Service gets it.
+	DNS netip.Addr
 }
 
 // Commit says which commit a transaction brings into force.
@@ -34,7 +57,7 @@ type Commit struct {
 	// deliveries of one source can never interleave.
 	Parent string
 	// Revision is the record to keep, Refused ones included (these carry no other
-	// mutations).
+	// mutations, and Parent is not compared). Its name is assigned.
 	Revision *api.Revision
 }
 
@@ -45,6 +68,15 @@ type Result struct {
 	Revision uint64
 	// Rejected is nil when the Txn was applied.
 	Rejected *Rejection
+}
+
+// Err returns the rejection as an error (match it with errors.As), nil if the Txn
+// was applied.
+func (r Result) Err() error {
+	if r.Rejected == nil {
+		return nil
+	}
+	return r.Rejected
 }
 
 // Code classifies a [Rejection].
@@ -58,6 +90,23 @@ const (
 	Forbidden                 // a write to an object that comes from Git, outside a commit
 	Invalid                   // the mutation makes no sense (no object, duplicate key, exhausted range)
 )
+
+// String names the code as metrics and logs spell it.
+func (c Code) String() string {
+	switch c {
+	case Conflict:
+		return "conflict"
+	case Exists:
+		return "exists"
+	case NotFound:
+		return "not_found"
+	case Forbidden:
+		return "forbidden"
+	case Invalid:
+		return "invalid"
+	}
+	return "unknown"
+}
 
 // Rejection says why a Txn changed nothing. It is an error.
 type Rejection struct {

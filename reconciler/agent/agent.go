@@ -89,7 +89,10 @@ type Sandbox struct {
 	Namespace, Name string
 	NetNS           string // path of the network namespace; "" with host network
 	CreatedAt       time.Time
-	Containers      []Container
+	// Lost is set when the namespaces are gone, as after a restart of the machine.
+	// CreateSandbox makes them anew; the containers have ended with them.
+	Lost       bool
+	Containers []Container
 }
 
 // ContainerState is the state of one container.

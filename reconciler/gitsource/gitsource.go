@@ -1,6 +1,10 @@
 // Package gitsource receives and fetches Git repositories: the built-in ones over
-// smart HTTP, external ones by polling. It hands over pinned commits and changes
-// nothing by itself.
+// smart HTTP (Server), external ones by polling (Mirror). It hands over pinned
+// commits, checked and bounded, and changes nothing by itself: what a commit means
+// and whether it comes into force is for others to say.
+//
+// It may touch its data folders and the network. It knows nothing of CUE, plans or
+// the replicated state.
 package gitsource
 
 import (
@@ -16,11 +20,15 @@ type Commit struct {
 	Parents   []string
 	Author    string // "Name <mail>"
 	Committer string
-	Time      time.Time
-	Subject   string // first line of the message
+	Time      time.Time // of the committer
+	Subject   string    // first line of the message
 	Message   string
 	Signer    string // key id of a verified signature, if any
-	Tree      fs.FS  // read-only; symlinks are reported as such, never followed
+	// Tree is read-only and safe for concurrent use. Symbolic links are reported as
+	// such and never followed; submodules are fs.ModeIrregular. It implements
+	// fs.ReadFileFS, ReadDirFS, StatFS and ReadLinkFS. The tree of a refused push is
+	// gone when Receive has returned.
+	Tree fs.FS
 }
 
 // Push is one update of the followed branch of a built-in repository that a
@@ -32,6 +40,19 @@ type Push struct {
 	Pusher     string // authenticated identity
 	Force      bool   // New does not descend from Old
 	Commit     *Commit
+
+	inForce func()
+}
+
+// InForce tells the server that the commit is in force while Receive goes on, for
+// example to show the rollout. From then on the push has succeeded whatever Receive
+// returns (an error becomes a remote: line), other pushes to the repository may
+// start, and ctx ends when the pusher goes away. Without a call the commit is in
+// force when Receive returns nil.
+func (p *Push) InForce() {
+	if p.inForce != nil {
+		p.inForce()
+	}
 }
 
 // Receiver decides about pushes to built-in repositories.
@@ -46,7 +67,13 @@ type Receiver interface {
 	// Receive validates a push to the followed branch and, if it is good, brings it
 	// into force; what it writes to progress reaches the pusher line by line as
 	// "remote:" lines while Receive runs. An error refuses the push and its text is
-	// the reason. Before it brings the commit into force, Receive calls durable,
-	// which moves the objects out of quarantine and syncs them to disk.
+	// the reason: all of it in remote: lines, the first line again in Git's own
+	// verdict. Before it brings the commit into force, Receive calls durable,
+	// which moves the objects out of quarantine and syncs them to disk. Calls for one
+	// repository do not overlap until InForce.
+	//
+	// ctx ends when the pusher goes away, except between durable and InForce: there
+	// it lasts Limits.Time, so that what was begun is finished. Writes to progress
+	// never fail.
 	Receive(ctx context.Context, p *Push, durable func() error, progress io.Writer) error
 }

@@ -10,6 +10,10 @@ import (
 // GroupVersion is Decree's own API group.
 var GroupVersion = schema.GroupVersion{Group: "decree.dev", Version: "v1"}
 
+// SystemNamespace holds Decree's own objects. Like "default", it exists in every
+// cluster and comes from no source.
+const SystemNamespace = "decree-system"
+
 // Source is a Git repository whose objects this cluster runs.
 type Source struct {
 	metav1.TypeMeta   `json:",inline"`
@@ -34,16 +38,16 @@ type SourceSpec struct {
 	// up to a tenth.
 	Interval metav1.Duration `json:"interval,omitempty"`
 	// SecretRef names a Secret in the namespace "decree-system" with username and
-	// password (a token is a password) for https, or identity and known_hosts for
-	// ssh.
+	// password, or token, and ca.crt for https; identity and known_hosts for ssh.
 	SecretRef *corev1.LocalObjectReference `json:"secretRef,omitempty"`
 	// Suspend stops following the repository; what runs goes on.
 	Suspend bool `json:"suspend,omitempty"`
 	// Prune deletes objects that left the repository; true when nil.
 	Prune *bool `json:"prune,omitempty"`
 	// DeletionBudget is the most objects, or percentage of this source's objects,
-	// that one commit may delete; "50%" when nil. At least one deletion is always
-	// within it.
+	// that one commit may delete; when nil, "50%", or 5 objects where that is more.
+	// One deletion is always within it, deleting the last object never is ("100%"
+	// allows it).
 	DeletionBudget *intstr.IntOrString `json:"deletionBudget,omitempty"`
 }
 

@@ -44,8 +44,12 @@ type Kind struct {
 	New func() Object
 	// Default fills what a user left out, in place. Nil: nothing to fill.
 	Default func(Object)
-	// Columns of the table that kubectl and decree print, after NAME.
+	// Columns of the table that kubectl and decree print, after NAME. A kind that
+	// has a column "Name" of its own gets no other.
 	Columns []Column
+	// Fields are what field selectors may name, besides metadata.name and
+	// metadata.namespace.
+	Fields map[string]func(Object) string
 }
 
 // Column is one column of a kind's table (KEP-1623, meta.k8s.io/v1 Table).
@@ -64,18 +68,18 @@ func (k *Kind) FromGit() bool { return k.CUE != "" }
 
 // kinds is the registry. One entry makes a kind known everywhere.
 var kinds = []*Kind{
-	{GroupVersionKind: core("Namespace"), Plural: "namespaces", ShortNames: []string{"ns"}, CUE: "k8s.io/api/core/v1#Namespace", New: fresh[corev1.Namespace]},
-	{GroupVersionKind: core("Node"), Plural: "nodes", ShortNames: []string{"no"}, New: fresh[corev1.Node]},
-	{GroupVersionKind: core("Pod"), Plural: "pods", ShortNames: []string{"po"}, Namespaced: true, CUE: "k8s.io/api/core/v1#Pod", New: fresh[corev1.Pod]},
-	{GroupVersionKind: core("Service"), Plural: "services", ShortNames: []string{"svc"}, Namespaced: true, CUE: "k8s.io/api/core/v1#Service", New: fresh[corev1.Service]},
-	{GroupVersionKind: core("ConfigMap"), Plural: "configmaps", ShortNames: []string{"cm"}, Namespaced: true, CUE: "k8s.io/api/core/v1#ConfigMap", New: fresh[corev1.ConfigMap]},
-	{GroupVersionKind: core("Secret"), Plural: "secrets", Namespaced: true, CUE: "k8s.io/api/core/v1#Secret", New: fresh[corev1.Secret]},
-	{GroupVersionKind: core("Event"), Plural: "events", ShortNames: []string{"ev"}, Namespaced: true, New: fresh[corev1.Event]},
-	{GroupVersionKind: appsv1.SchemeGroupVersion.WithKind("Deployment"), Plural: "deployments", ShortNames: []string{"deploy"}, Namespaced: true, CUE: "k8s.io/api/apps/v1#Deployment", New: fresh[appsv1.Deployment]},
-	{GroupVersionKind: appsv1.SchemeGroupVersion.WithKind("ReplicaSet"), Plural: "replicasets", ShortNames: []string{"rs"}, Namespaced: true, CUE: "k8s.io/api/apps/v1#ReplicaSet", New: fresh[appsv1.ReplicaSet]},
-	{GroupVersionKind: discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), Plural: "endpointslices", Namespaced: true, New: fresh[discoveryv1.EndpointSlice]},
-	{GroupVersionKind: GroupVersion.WithKind("Source"), Plural: "sources", ShortNames: []string{"src"}, CUE: "decree.dev/v1#Source", New: fresh[Source]},
-	{GroupVersionKind: GroupVersion.WithKind("Revision"), Plural: "revisions", ShortNames: []string{"rev"}, New: fresh[Revision]},
+	{GroupVersionKind: core("Namespace"), Plural: "namespaces", ShortNames: []string{"ns"}, CUE: "k8s.io/api/core/v1#Namespace", New: fresh[corev1.Namespace], Columns: namespaceColumns, Fields: namespaceFields},
+	{GroupVersionKind: core("Node"), Plural: "nodes", ShortNames: []string{"no"}, New: fresh[corev1.Node], Columns: nodeColumns, Fields: nodeFields},
+	{GroupVersionKind: core("Pod"), Plural: "pods", ShortNames: []string{"po"}, Namespaced: true, CUE: "k8s.io/api/core/v1#Pod", New: fresh[corev1.Pod], Columns: podColumns, Fields: podFields},
+	{GroupVersionKind: core("Service"), Plural: "services", ShortNames: []string{"svc"}, Namespaced: true, CUE: "k8s.io/api/core/v1#Service", New: fresh[corev1.Service], Columns: serviceColumns, Fields: serviceFields},
+	{GroupVersionKind: core("ConfigMap"), Plural: "configmaps", ShortNames: []string{"cm"}, Namespaced: true, CUE: "k8s.io/api/core/v1#ConfigMap", New: fresh[corev1.ConfigMap], Columns: configMapColumns},
+	{GroupVersionKind: core("Secret"), Plural: "secrets", Namespaced: true, CUE: "k8s.io/api/core/v1#Secret", New: fresh[corev1.Secret], Columns: secretColumns, Fields: secretFields},
+	{GroupVersionKind: core("Event"), Plural: "events", ShortNames: []string{"ev"}, Namespaced: true, New: fresh[corev1.Event], Columns: eventColumns, Fields: eventFields},
+	{GroupVersionKind: appsv1.SchemeGroupVersion.WithKind("Deployment"), Plural: "deployments", ShortNames: []string{"deploy"}, Namespaced: true, CUE: "k8s.io/api/apps/v1#Deployment", New: fresh[appsv1.Deployment], Columns: deploymentColumns},
+	{GroupVersionKind: appsv1.SchemeGroupVersion.WithKind("ReplicaSet"), Plural: "replicasets", ShortNames: []string{"rs"}, Namespaced: true, CUE: "k8s.io/api/apps/v1#ReplicaSet", New: fresh[appsv1.ReplicaSet], Columns: replicaSetColumns},
+	{GroupVersionKind: discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), Plural: "endpointslices", Namespaced: true, New: fresh[discoveryv1.EndpointSlice], Columns: endpointSliceColumns},
+	{GroupVersionKind: GroupVersion.WithKind("Source"), Plural: "sources", ShortNames: []string{"src"}, CUE: "decree.dev/v1#Source", New: fresh[Source], Columns: sourceColumns},
+	{GroupVersionKind: GroupVersion.WithKind("Revision"), Plural: "revisions", ShortNames: []string{"rev"}, New: fresh[Revision], Columns: revisionColumns, Fields: revisionFields},
 }
 
 func core(kind string) schema.GroupVersionKind { return corev1.SchemeGroupVersion.WithKind(kind) }
@@ -104,6 +108,9 @@ func init() {
 			o := bare()
 			o.GetObjectKind().SetGroupVersionKind(gvk)
 			return o
+		}
+		if k.Default == nil {
+			k.Default = defaults[k.Resource]
 		}
 		byResource[k.Resource], byGVK[gvk], byType[reflect.TypeOf(bare())] = k, k, k
 	}

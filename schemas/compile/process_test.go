@@ -128,7 +128,7 @@ x: [for a in n for b in n for c in n for d in n for e in n for f in n for g in n
 		})
 	}
 	r, err := p.Compile(t.Context(), os.DirFS("../../examples/hello"), compile.Options{})
-	if err != nil || len(r.Diagnostics) > 0 || len(r.Objects) != 2 {
+	if err != nil || len(r.Diagnostics) > 0 || len(r.Objects) != 3 {
 		t.Fatalf("after the bombs: %v, %v, %d objects", err, r.Diagnostics, len(r.Objects))
 	}
 }

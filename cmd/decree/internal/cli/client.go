@@ -1,0 +1,37 @@
+package cli
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"decree.dev/decree/cmd/decree/internal/daemon"
+	"decree.dev/decree/raftstore/client"
+)
+
+// kubeconfigPath says which credentials apply: --kubeconfig, $DECREE_KUBECONFIG, or
+// those that `decree up` wrote into its data folder. $KUBECONFIG is not read: it
+// names other clusters.
+func (e *env) kubeconfigPath() string {
+	if e.kubeconfig != "" {
+		return e.kubeconfig
+	}
+	if path := os.Getenv("DECREE_KUBECONFIG"); path != "" {
+		return path
+	}
+	return daemon.Kubeconfig(daemon.DataFolder(""))
+}
+
+// client connects to the cluster.
+func (e *env) client() (*client.Client, error) {
+	path := e.kubeconfigPath()
+	cfg, err := client.FromKubeconfig(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("no cluster here: %s does not exist (decree up starts one; --kubeconfig names another)", path)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return client.New(cfg)
+}

@@ -1,0 +1,192 @@
+package cli
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/util/duration"
+
+	"decree.dev/decree/raftstore/client"
+	"decree.dev/decree/schemas/api"
+)
+
+// clusterStatus is what `decree status` shows.
+type clusterStatus struct {
+	Server   string         `json:"server"`
+	Revision uint64         `json:"revision"`
+	Nodes    []nodeStatus   `json:"nodes"`
+	Sources  []sourceStatus `json:"sources"`
+	Pods     map[string]int `json:"pods"` // by phase
+	Trouble  []string       `json:"trouble,omitempty"`
+}
+
+type nodeStatus struct {
+	Name  string    `json:"name"`
+	Ready bool      `json:"ready"`
+	Since time.Time `json:"since"`
+	Why   string    `json:"why,omitempty"`
+}
+
+type sourceStatus struct {
+	Name    string    `json:"name"`
+	URL     string    `json:"url,omitempty"` // empty: built in
+	Applied string    `json:"applied,omitempty"`
+	Fetched string    `json:"fetched,omitempty"`
+	Objects int64     `json:"objects"`
+	Ready   bool      `json:"ready"`
+	Reason  string    `json:"reason,omitempty"`
+	Message string    `json:"message,omitempty"`
+	Since   time.Time `json:"since"`
+}
+
+func statusCmd(e *env) *cobra.Command {
+	var output string
+	c := &cobra.Command{
+		Use:   "status",
+		Short: "Show how the cluster does: nodes, sources, pods, and what is wrong since when and why",
+		Example: `  decree status
+  decree status -o json | jq .sources`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			cl, err := e.client()
+			if err != nil {
+				return err
+			}
+			defer cl.Close()
+			s, err := readStatus(c.Context(), cl)
+			if err != nil {
+				return err
+			}
+			switch output {
+			case "json":
+				enc := json.NewEncoder(e.Out)
+				enc.SetIndent("", "  ")
+				return enc.Encode(s)
+			case "":
+				return e.printStatus(s)
+			}
+			return usageError{fmt.Errorf("-o %q: expected json", output)}
+		},
+	}
+	c.Flags().StringVarP(&output, "output", "o", "", "json for everything")
+	return c
+}
+
+func readStatus(ctx context.Context, c *client.Client) (*clusterStatus, error) {
+	s := &clusterStatus{Server: c.Server(), Pods: map[string]int{}}
+	nodes, _, err := client.List[*corev1.Node](ctx, c, client.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	for _, n := range nodes {
+		st := nodeStatus{Name: n.Name}
+		for _, cond := range n.Status.Conditions {
+			if cond.Type == corev1.NodeReady {
+				st.Ready, st.Since, st.Why = cond.Status == corev1.ConditionTrue, cond.LastTransitionTime.Time, oneLine(cond.Message)
+			}
+		}
+		s.Nodes = append(s.Nodes, st)
+	}
+	sources, _, err := client.List[*api.Source](ctx, c, client.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	for _, src := range sources {
+		s.Sources = append(s.Sources, statusOf(src))
+	}
+	pods, revision, err := client.List[*corev1.Pod](ctx, c, client.ListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	s.Revision = revision
+	for _, p := range pods {
+		s.Pods[string(p.Status.Phase)]++
+		if why := podTrouble(p); why != "" {
+			s.Trouble = append(s.Trouble, fmt.Sprintf("%s: %s", api.KeyOf(p), why))
+		}
+	}
+	return s, nil
+}
+
+func statusOf(src *api.Source) sourceStatus {
+	st := sourceStatus{
+		Name: src.Name, URL: src.Spec.URL, Applied: src.Status.Applied, Fetched: src.Status.Fetched, Objects: src.Status.Objects, Ready: true,
+	}
+	if src.Status.AppliedAt != nil {
+		st.Since = src.Status.AppliedAt.Time
+	}
+	if c := meta.FindStatusCondition(src.Status.Conditions, "Ready"); c != nil {
+		st.Ready, st.Reason, st.Message, st.Since = c.Status == "True", c.Reason, c.Message, c.LastTransitionTime.Time
+	}
+	if s := src.Status.Suspended; s != nil {
+		st.Ready, st.Reason, st.Since = false, "Suspended", s.At.Time
+		st.Message = "suspended by " + s.By
+		if s.Reason != "" {
+			st.Message += ": " + s.Reason
+		}
+	}
+	return st
+}
+
+// podTrouble says why a pod is not as it should be, "" if it is.
+func podTrouble(p *corev1.Pod) string {
+	if c := api.PodCondition(p, corev1.PodScheduled); c != nil && c.Status == corev1.ConditionFalse {
+		return oneLine(c.Message)
+	}
+	for _, s := range p.Status.ContainerStatuses {
+		if w := s.State.Waiting; w != nil && w.Reason != "ContainerCreating" && w.Reason != "PodInitializing" {
+			return oneLine(s.Name + " is waiting: " + w.Reason + " " + w.Message)
+		}
+	}
+	return ""
+}
+
+func (e *env) printStatus(s *clusterStatus) error {
+	fmt.Fprintf(e.Out, "server  %s, revision %d\n", s.Server, s.Revision)
+	for _, n := range s.Nodes {
+		state := "ready"
+		if !n.Ready {
+			state = "NOT READY: " + n.Why
+		}
+		fmt.Fprintf(e.Out, "node    %s %s since %s\n", n.Name, state, ago(n.Since))
+	}
+	w := tabwriter.NewWriter(e.Out, 0, 0, 2, ' ', 0)
+	for _, src := range s.Sources {
+		state := "in force"
+		if src.Applied == "" {
+			state = "no commit yet"
+		}
+		if !src.Ready {
+			state = src.Reason + ": " + oneLine(src.Message)
+		}
+		fmt.Fprintf(w, "source  %s\t%.7s\t%d objects\t%s since %s\n", src.Name, src.Applied, src.Objects, state, ago(src.Since))
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	fmt.Fprintf(e.Out, "pods   ")
+	for _, phase := range sortedKeys(s.Pods) {
+		fmt.Fprintf(e.Out, " %d %s", s.Pods[phase], phase)
+	}
+	if len(s.Pods) == 0 {
+		fmt.Fprint(e.Out, " none")
+	}
+	fmt.Fprintln(e.Out)
+	for _, t := range s.Trouble {
+		fmt.Fprintf(e.Out, "trouble %s\n", t)
+	}
+	return nil
+}
+
+func ago(t time.Time) string {
+	if t.IsZero() {
+		return "the start"
+	}
+	return duration.HumanDuration(now().Sub(t)) + " ago"
+}

@@ -1,0 +1,49 @@
+package cli
+
+import (
+	"encoding/json"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+// Version says which build this is.
+func Version() string { return version }
+
+func versionCmd(e *env) *cobra.Command {
+	var output string
+	c := &cobra.Command{
+		Use:     "version",
+		Short:   "Print the version of this binary and of what it is made of",
+		Example: "  decree version -o json",
+		Args:    cobra.NoArgs,
+		RunE: func(*cobra.Command, []string) error {
+			info := map[string]string{"version": version, "go": runtime.Version(), "platform": runtime.GOOS + "/" + runtime.GOARCH}
+			if bi, ok := debug.ReadBuildInfo(); ok {
+				for _, d := range bi.Deps {
+					switch d.Path {
+					case "cuelang.org/go", "github.com/hashicorp/raft", "github.com/containerd/containerd/v2", "github.com/go-git/go-git/v5", "k8s.io/api":
+						info[d.Path] = d.Version
+					}
+				}
+			}
+			switch output {
+			case "json":
+				enc := json.NewEncoder(e.Out)
+				enc.SetIndent("", "  ")
+				return enc.Encode(info)
+			case "":
+				_, err := fmt.Fprintf(e.Out, "decree %s %s %s\n", version, info["go"], info["platform"])
+				return err
+			}
+			return usageError{fmt.Errorf("-o %q: expected json", output)}
+		},
+	}
+	c.Flags().StringVarP(&output, "output", "o", "", "json for everything")
+	return c
+}

@@ -1,0 +1,296 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"decree.dev/decree/netplane"
+	"decree.dev/decree/raftstore/apiserver"
+	"decree.dev/decree/raftstore/client"
+	"decree.dev/decree/raftstore/pki"
+	"decree.dev/decree/reconciler"
+	"decree.dev/decree/reconciler/agent"
+	"decree.dev/decree/reconciler/containerd"
+	"decree.dev/decree/schemas/api"
+)
+
+// node is the agent in this process, with its runtime and network.
+type node struct {
+	cfg        *Config
+	supervisor *containerd.Supervisor // nil with an existing containerd
+	runtime    *containerd.Runtime
+	plane      *netplane.Plane
+	agent      *agent.Agent
+	mirror     *client.Mirror
+	changed    fanout
+}
+
+// fanout passes the mirror's signal on to the agent and to the network.
+type fanout struct{ agent, network chan struct{} }
+
+func (f *fanout) run(ctx context.Context, in <-chan struct{}) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-in:
+		}
+		for _, out := range []chan struct{}{f.agent, f.network} {
+			select {
+			case out <- struct{}{}:
+			default: // a signal waits there already
+			}
+		}
+	}
+}
+
+// controlPlane is the mirror as the agent sees it, with a signal of its own.
+type controlPlane struct {
+	*client.Mirror
+	changed <-chan struct{}
+}
+
+func (c controlPlane) Changed() <-chan struct{} { return c.changed }
+
+// supervision says where the containerd of a node lives.
+func (c *Config) supervision() containerd.SupervisorConfig {
+	return containerd.SupervisorConfig{Dir: c.dir("containerd"), RunDir: filepath.Join(c.Run, "containerd"), Logger: c.Log.With("part", "containerd")}
+}
+
+// network says what the network of a node is made of.
+func (c *Config) network(metrics prometheus.Registerer) netplane.Config {
+	return netplane.Config{DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Log: c.Log.With("part", "network"), Registerer: metrics}
+}
+
+// openRuntime connects to containerd, starting it if it is ours.
+func openRuntime(ctx context.Context, cfg *Config) (*containerd.Runtime, *containerd.Supervisor, error) {
+	var sup *containerd.Supervisor
+	address := cfg.Containerd
+	if address == "" {
+		var err error
+		if sup, err = containerd.Supervise(ctx, cfg.supervision()); err != nil {
+			return nil, nil, err
+		}
+		if err := sup.WaitReady(ctx); err != nil {
+			return nil, nil, err
+		}
+		address = sup.Address()
+	}
+	rt, err := containerd.New(containerd.Config{
+		Address: address, Dir: cfg.dir("runtime"), RunDir: filepath.Join(cfg.Run, "sandboxes"),
+		CgroupParent: cfg.cgroup(), Logger: cfg.Log.With("part", "runtime"),
+	})
+	return rt, sup, err
+}
+
+// newNode opens runtime and network. The control plane need not answer.
+func newNode(ctx context.Context, cfg *Config, authority *pki.Authority, url string, metrics prometheus.Registerer) (_ *node, err error) {
+	n := &node{cfg: cfg, changed: fanout{make(chan struct{}, 1), make(chan struct{}, 1)}}
+	defer func() {
+		if err != nil {
+			n.close()
+		}
+	}()
+	if n.runtime, n.supervisor, err = openRuntime(ctx, cfg); err != nil {
+		return nil, err
+	}
+	if n.plane, err = netplane.New(cfg.network(metrics)); err != nil {
+		return nil, err
+	}
+	if n.mirror, err = newMirror(cfg, authority, url); err != nil {
+		return nil, err
+	}
+	n.agent, err = agent.New(agent.Config{
+		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent}, Dir: cfg.dir("agent"),
+		HostIPs: hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
+		Logger: cfg.Log.With("part", "agent"), Registerer: metrics,
+	})
+	return n, err
+}
+
+// newMirror makes the node's local copy of what it needs to know.
+func newMirror(cfg *Config, authority *pki.Authority, url string) (*client.Mirror, error) {
+	pair, err := authority.Ensure(cfg.dir("pki"), "node", pki.Node(cfg.Node), time.Now())
+	if err != nil {
+		return nil, err
+	}
+	c, err := client.New(client.Config{Server: url, CA: authority.CertPEM(), Pair: pair, Log: cfg.Log})
+	if err != nil {
+		return nil, err
+	}
+	return client.NewMirror(client.MirrorConfig{
+		Client: c, Node: cfg.Node, Select: client.NodeSelections(cfg.Node), Cache: cfg.dir("view"), Log: cfg.Log.With("part", "view"),
+	})
+}
+
+// run works until ctx ends; containers and services are left as they are.
+func (n *node) run(_ context.Context, start func(name string, f func(context.Context) error)) {
+	start("mirror", n.mirror.Run)
+	start("signals", func(ctx context.Context) error { return n.changed.run(ctx, n.mirror.Changed()) })
+	start("network", n.plane.Run)
+	start("services", n.follow)
+	start("agent", n.agent.Run)
+}
+
+// follow hands the desired network to the kernel whenever the local copy changes.
+func (n *node) follow(ctx context.Context) error {
+	select {
+	case <-n.mirror.Synced():
+	case <-ctx.Done():
+		return nil
+	}
+	loop := &reconciler.Loop{
+		Name: "services", Changed: n.changed.network, Resync: time.Minute, Timeout: 30 * time.Second,
+		Backoff: reconciler.Backoff{Min: 50 * time.Millisecond, Max: 10 * time.Second},
+		Logger:  n.cfg.Log.With("part", "network"),
+		Once:    func(ctx context.Context) error { return n.plane.Set(ctx, n.desired(n.mirror.View())) },
+	}
+	return loop.Run(ctx)
+}
+
+// desired is the network that a view asks of this node.
+func (n *node) desired(view api.Reader) netplane.Desired {
+	d := netplane.Desired{
+		Node: n.cfg.Node, ClusterCIDR: []netip.Prefix{n.cfg.PodCIDR}, ServiceCIDR: []netip.Prefix{n.cfg.ServiceCIDR},
+		DNS: n.cfg.DNS, Domain: n.cfg.Domain,
+		Services: slices.Collect(api.List[*corev1.Service](view, "")),
+		Slices:   slices.Collect(api.List[*discoveryv1.EndpointSlice](view, "")),
+		Nodes:    slices.Collect(api.List[*corev1.Node](view, "")),
+	}
+	for _, node := range d.Nodes {
+		if node.Name != n.cfg.Node {
+			continue
+		}
+		for _, cidr := range node.Spec.PodCIDRs {
+			if p, err := netip.ParsePrefix(cidr); err == nil {
+				d.PodCIDRs = append(d.PodCIDRs, p)
+			}
+		}
+	}
+	return d
+}
+
+// importImages loads the archives of the images folder.
+func (n *node) importImages(ctx context.Context) error {
+	if n.cfg.Images == "" {
+		return nil
+	}
+	archives, err := filepath.Glob(filepath.Join(n.cfg.Images, "*.tar"))
+	if err != nil {
+		return fmt.Errorf("--images: %w", err)
+	}
+	for _, path := range archives {
+		f, err := os.Open(path)
+		if err != nil {
+			return fmt.Errorf("--images: %w", err)
+		}
+		names, err := n.runtime.ImportImage(ctx, f)
+		f.Close()
+		if err != nil {
+			return fmt.Errorf("--images %s: %w", path, err)
+		}
+		n.cfg.Log.Info("image imported", "archive", path, "names", names)
+	}
+	return nil
+}
+
+func (n *node) close() {
+	if n.plane != nil {
+		n.plane.Close()
+	}
+	if n.runtime != nil {
+		n.runtime.Close()
+	}
+	if n.supervisor != nil {
+		n.supervisor.Close()
+	}
+}
+
+// nodes gives the API server the containers of this process's node.
+type nodes struct{ agent atomic.Pointer[agent.Agent] }
+
+var errNoAgent = errors.New("the agent of this node is not running yet")
+
+func (n *nodes) Logs(ctx context.Context, _ string, pod *corev1.Pod, opts *corev1.PodLogOptions, w io.Writer) error {
+	a := n.agent.Load()
+	if a == nil {
+		return errNoAgent
+	}
+	o := agent.LogOptions{Follow: opts.Follow, Previous: opts.Previous, Timestamps: opts.Timestamps, TailLines: -1}
+	if opts.TailLines != nil {
+		o.TailLines = *opts.TailLines
+	}
+	if opts.LimitBytes != nil {
+		o.LimitBytes = *opts.LimitBytes
+	}
+	if opts.SinceTime != nil {
+		o.Since = opts.SinceTime.Time
+	} else if opts.SinceSeconds != nil {
+		o.Since = time.Now().Add(-time.Duration(*opts.SinceSeconds) * time.Second)
+	}
+	return a.Logs(ctx, pod.Namespace, pod.Name, opts.Container, o, w)
+}
+
+func (n *nodes) Exec(ctx context.Context, _ string, pod *corev1.Pod, e apiserver.ExecStreams) (int, error) {
+	a := n.agent.Load()
+	if a == nil {
+		return 0, errNoAgent
+	}
+	cfg := agent.ExecConfig{Command: e.Command, TTY: e.TTY, Stdin: e.Stdin, Stdout: e.Stdout, Stderr: e.Stderr}
+	if e.Resize != nil {
+		sizes := make(chan agent.TerminalSize)
+		cfg.Resize = sizes
+		go func() {
+			defer close(sizes)
+			for size := range e.Resize {
+				select {
+				case sizes <- agent.TerminalSize(size):
+				case <-ctx.Done():
+					return
+				}
+			}
+		}()
+	}
+	return a.Exec(ctx, pod.Namespace, pod.Name, e.Container, cfg)
+}
+
+// hostIPs are this machine's own addresses, global ones first; loopback alone if
+// there is no other.
+func hostIPs() []netip.Addr {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil
+	}
+	var list []netip.Addr
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().IsGlobalUnicast() {
+			list = append(list, p.Addr())
+		}
+	}
+	if len(list) == 0 {
+		list = append(list, netip.MustParseAddr("127.0.0.1"))
+	}
+	return list
+}
+
+// Doctor checks what the network of a node with the default configuration needs.
+func Doctor() []netplane.Check {
+	var cfg Config
+	if err := cfg.complete(); err != nil {
+		return []netplane.Check{{Requirement: "configuration", Why: err.Error()}}
+	}
+	return netplane.Doctor(cfg.network(nil))
+}

@@ -1,0 +1,170 @@
+// Package daemon wires the roles of decree: it is the only place that knows all
+// rooms. Up runs a server and an agent in one process on one machine.
+package daemon
+
+import (
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// Config is what `decree up` can be told. Zero values take the defaults of
+// [Config.complete].
+type Config struct {
+	Data    string // data folder
+	Run     string // folder for sockets and namespace mounts; must be short
+	Address string // host:port of the API
+	Node    string // name of this node
+
+	Seed   string // folder whose content becomes the first commit of the built-in repository
+	Images string // folder of image archives (*.tar) to import
+
+	NoAgent bool   // control plane only
+	Version string // of this build
+
+	Containerd string // socket of an existing containerd; empty: run one under Data
+
+	ServiceCIDR, PodCIDR netip.Prefix
+	DNS                  netip.Addr
+	Domain               string
+
+	Log *slog.Logger
+}
+
+// DefaultData is the data folder when neither --data nor DECREE_DATA says else.
+const DefaultData = "/var/lib/decree"
+
+// DataFolder returns the data folder that applies when flag is what --data says.
+func DataFolder(flag string) string {
+	if flag != "" {
+		return flag
+	}
+	if env := os.Getenv("DECREE_DATA"); env != "" {
+		return env
+	}
+	return DefaultData
+}
+
+// complete fills in the defaults and checks the rest.
+func (c *Config) complete() error {
+	abs, err := filepath.Abs(DataFolder(c.Data))
+	if err != nil {
+		return err
+	}
+	c.Data = abs
+	if c.Run == "" {
+		c.Run = filepath.Join(c.Data, "run")
+		if c.Data == DefaultData {
+			c.Run = "/run/decree"
+		}
+	}
+	if len(c.Run) > 60 {
+		return fmt.Errorf("run folder %s: longer than 60 characters, too long for unix sockets below it: choose --run", c.Run)
+	}
+	if c.Address == "" {
+		c.Address = "127.0.0.1:7443"
+	}
+	if _, _, err := net.SplitHostPort(c.Address); err != nil {
+		return fmt.Errorf("--address %s: %w (expected host:port)", c.Address, err)
+	}
+	if c.Node == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return err
+		}
+		c.Node = strings.ToLower(host)
+	}
+	if !c.ServiceCIDR.IsValid() {
+		c.ServiceCIDR = netip.MustParsePrefix("10.97.0.0/16")
+	}
+	if !c.PodCIDR.IsValid() {
+		c.PodCIDR = netip.MustParsePrefix("10.98.0.0/16")
+	}
+	if !c.DNS.IsValid() {
+		c.DNS = netip.MustParseAddr("10.97.0.10")
+	}
+	if c.ServiceCIDR.Overlaps(c.PodCIDR) {
+		return fmt.Errorf("service range %s and pod range %s overlap", c.ServiceCIDR, c.PodCIDR)
+	}
+	if !c.ServiceCIDR.Contains(c.DNS) {
+		return fmt.Errorf("DNS address %s is outside the service range %s", c.DNS, c.ServiceCIDR)
+	}
+	if c.Domain == "" {
+		c.Domain = "cluster.local"
+	}
+	if c.Log == nil {
+		c.Log = slog.New(slog.DiscardHandler)
+	}
+	return nil
+}
+
+// cgroup is the parent of all pods' cgroups; clusters with other data folders on the
+// same machine have others.
+func (c *Config) cgroup() string {
+	if c.Data == DefaultData {
+		return "/decree"
+	}
+	return fmt.Sprintf("/decree-%x", sha256.Sum256([]byte(c.Data)))[:16]
+}
+
+// dir returns a folder below the data folder.
+func (c *Config) dir(parts ...string) string {
+	return filepath.Join(append([]string{c.Data}, parts...)...)
+}
+
+// Kubeconfig is where `decree up` writes the administrator's credentials.
+func Kubeconfig(data string) string { return filepath.Join(data, "admin.kubeconfig") }
+
+// ErrRunning means that another decree uses the data folder.
+var ErrRunning = errors.New("already running")
+
+// lockFile is held as long as a decree uses the data folder, and holds its pid.
+const lockFile = "decree.pid"
+
+// lock takes the data folder for this process. The kernel drops it when the
+// process ends, however it ends.
+func lock(data string) (release func(), err error) {
+	if err := os.MkdirAll(data, 0o700); err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(filepath.Join(data, lockFile), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		if errors.Is(err, syscall.EWOULDBLOCK) {
+			return nil, fmt.Errorf("data folder %s: %w (pid %d)", data, ErrRunning, lockedBy(data))
+		}
+		return nil, err
+	}
+	if err := f.Truncate(0); err != nil {
+		f.Close()
+		return nil, err
+	}
+	if _, err := f.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return func() { f.Close() }, nil
+}
+
+// lockedBy returns the pid that last took the data folder, 0 if none is known.
+func lockedBy(data string) int {
+	b, err := os.ReadFile(filepath.Join(data, lockFile))
+	if err != nil {
+		return 0
+	}
+	pid, _ := strconv.Atoi(strings.TrimSpace(string(b)))
+	return pid
+}

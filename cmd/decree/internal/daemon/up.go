@@ -1,0 +1,132 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+
+	"decree.dev/decree/reconciler/delivery"
+	"decree.dev/decree/reconciler/workload"
+	"decree.dev/decree/schemas/api"
+)
+
+// Up runs a one-node cluster until ctx ends. It tells out, in a few lines, what
+// runs and what to try next. Containers and services outlive it.
+func Up(ctx context.Context, cfg Config, out io.Writer) error {
+	begun := time.Now()
+	if err := cfg.complete(); err != nil {
+		return err
+	}
+	release, err := lock(cfg.Data)
+	if err != nil {
+		return err
+	}
+	defer release()
+	s, err := newServer(ctx, &cfg)
+	if err != nil {
+		return err
+	}
+	defer s.close()
+	g := newGroup(ctx)
+	s.run(ctx, g.start)
+	fmt.Fprintf(out, "ready in %d ms: API %s, repository decree://%s/%s\n", time.Since(begun).Milliseconds(), s.url(), s.listener.Addr(), BuiltIn)
+	if cfg.Seed != "" {
+		if err := s.seed(ctx, cfg.Seed); err != nil {
+			return errors.Join(err, g.stop())
+		}
+	}
+	if !cfg.NoAgent {
+		n, err := newNode(g.ctx, &cfg, s.authority, s.url(), s.metrics)
+		if err != nil {
+			return errors.Join(err, g.stop())
+		}
+		defer n.close()
+		if err := n.importImages(g.ctx); err != nil {
+			return errors.Join(err, g.stop())
+		}
+		s.nodes.agent.Store(n.agent)
+		n.run(ctx, g.start)
+		g.start("greeting", func(ctx context.Context) error { return s.greet(ctx, begun, out) })
+	}
+	return g.wait()
+}
+
+// group runs the parts of the daemon. The first that fails ends all.
+type group struct {
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	wg     sync.WaitGroup
+}
+
+func newGroup(ctx context.Context) *group {
+	g := &group{}
+	g.ctx, g.cancel = context.WithCancelCause(ctx)
+	return g
+}
+
+func (g *group) start(name string, f func(context.Context) error) {
+	g.wg.Go(func() {
+		if err := f(g.ctx); err != nil && g.ctx.Err() == nil {
+			g.cancel(fmt.Errorf("%s: %w", name, err))
+		}
+	})
+}
+
+// stop ends all parts and waits for them.
+func (g *group) stop() error {
+	g.cancel(context.Canceled)
+	return g.wait()
+}
+
+// wait returns when all parts have ended: nil if they were told to.
+func (g *group) wait() error {
+	g.wg.Wait()
+	if err := context.Cause(g.ctx); !errors.Is(err, context.Canceled) {
+		return err
+	}
+	return nil
+}
+
+// greet says what to try, waits until everything in the repository is healthy, and
+// says so.
+func (s *server) greet(ctx context.Context, begun time.Time, out io.Writer) error {
+	p := &delivery.Pipeline{Store: store{s.store}}
+	fmt.Fprintf(out, "try in another terminal:\n  decree get pods\n  git clone decree://%s/%s repo\n  decree status\n", s.listener.Addr(), BuiltIn)
+	fmt.Fprintln(out, "Ctrl-C stops decree and leaves containers running; decree down stops them too")
+	for {
+		view := p.Store.View()
+		ready, total := 0, 0
+		for d := range api.List[*appsv1.Deployment](view, "") {
+			total++
+			if workload.Rollout(view, d).Done {
+				ready++
+			}
+		}
+		if ready == total && s.nodeReady(view) {
+			fmt.Fprintf(out, "healthy after %d ms: %d of %d deployments\n", time.Since(begun).Milliseconds(), ready, total)
+			return nil
+		}
+		if err := p.Store.Await(ctx, view.Revision()); err != nil {
+			return err
+		}
+	}
+}
+
+func (s *server) nodeReady(view api.Reader) bool {
+	n, ok := api.Get[*corev1.Node](view, "", s.cfg.Node)
+	if !ok {
+		return false
+	}
+	for _, c := range n.Status.Conditions {
+		if c.Type == corev1.NodeReady {
+			return c.Status == corev1.ConditionTrue
+		}
+	}
+	return false
+}

@@ -1,0 +1,246 @@
+package dns
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/miekg/dns"
+	corev1 "k8s.io/api/core/v1"
+
+	"decree.dev/decree/netplane/render"
+)
+
+const (
+	// ttl of every record of the cluster, in seconds; also how long it may be
+	// remembered that there is none.
+	ttl = 5
+	// specVersion is answered to TXT dns-version, as the specification asks for.
+	specVersion = "1.1.0"
+)
+
+// answer is what a name has.
+type answer struct {
+	exists bool // the name is there, though perhaps not with this type
+	rrs    []dns.RR
+	extra  []dns.RR
+	// alias is a name outside to go on with.
+	alias string
+}
+
+// lookup finds name (in lower case, fully qualified), which the zone owns.
+func (z *Zone) lookup(name string, qtype uint16) answer {
+	if name == z.domain {
+		return z.apex(qtype)
+	}
+	rest, ok := strings.CutSuffix(name, "."+z.domain)
+	if !ok {
+		return z.pointer(name, qtype)
+	}
+	labels := strings.Split(rest, ".")
+	switch last := len(labels) - 1; labels[last] {
+	case "svc":
+		return z.serviceName(name, labels[:last], qtype)
+	case "pod":
+		return z.podName(name, labels[:last], qtype)
+	case "dns-version":
+		if last == 0 {
+			return only(qtype == dns.TypeTXT, &dns.TXT{Hdr: header(name, dns.TypeTXT), Txt: []string{specVersion}})
+		}
+	case "dns": // ns.dns, the name of this server
+		switch {
+		case last == 0:
+			return answer{exists: true}
+		case last == 1 && labels[0] == "ns":
+			return addresses(name, qtype, z.server)
+		}
+	}
+	return answer{}
+}
+
+func only(yes bool, rr dns.RR) answer {
+	if !yes {
+		return answer{exists: true}
+	}
+	return answer{exists: true, rrs: []dns.RR{rr}}
+}
+
+func (z *Zone) apex(qtype uint16) answer {
+	switch qtype {
+	case dns.TypeSOA:
+		return only(true, z.soa())
+	case dns.TypeNS:
+		return only(true, &dns.NS{Hdr: header(z.domain, dns.TypeNS), Ns: "ns.dns." + z.domain})
+	}
+	return answer{exists: true}
+}
+
+// soa is the record that says how long absence may be remembered (RFC 2308).
+func (z *Zone) soa() *dns.SOA {
+	return &dns.SOA{
+		Hdr: header(z.domain, dns.TypeSOA), Ns: "ns.dns." + z.domain, Mbox: "hostmaster." + z.domain,
+		Serial: 1, Refresh: 7200, Retry: 1800, Expire: 86400, Minttl: ttl,
+	}
+}
+
+func header(name string, t uint16) dns.RR_Header {
+	return dns.RR_Header{Name: name, Rrtype: t, Class: dns.ClassINET, Ttl: ttl}
+}
+
+// serviceName answers for what is below svc; labels are those before it.
+func (z *Zone) serviceName(name string, labels []string, qtype uint16) answer {
+	n := len(labels)
+	switch {
+	case n == 0:
+		return answer{exists: true}
+	case n == 1:
+		return answer{exists: z.namespaces[labels[0]]}
+	case n > 4:
+		return answer{}
+	}
+	e := z.services[labels[n-2]+"."+labels[n-1]]
+	if e == nil {
+		return answer{}
+	}
+	switch {
+	case n == 2:
+		return z.whole(e, name, qtype)
+	case n == 3 && strings.HasPrefix(labels[0], "_"):
+		// Above the SRV names, and nothing else.
+		return answer{exists: slices.ContainsFunc(e.svc.Spec.Ports, func(p corev1.ServicePort) bool { return protoLabel(p.Protocol) == labels[0] })}
+	case n == 3 && e.headless():
+		return oneEndpoint(e, name, labels[0], qtype)
+	case n == 4:
+		return z.portName(e, name, labels[0], labels[1], qtype)
+	}
+	return answer{}
+}
+
+// whole answers for the service itself.
+func (z *Zone) whole(e *service, name string, qtype uint16) answer {
+	if e.svc.Spec.Type == corev1.ServiceTypeExternalName {
+		target := dns.CanonicalName(e.svc.Spec.ExternalName)
+		if _, ok := dns.IsDomainName(target); !ok || target == "." {
+			return answer{exists: true}
+		}
+		return answer{exists: true, alias: target, rrs: []dns.RR{&dns.CNAME{Hdr: header(name, dns.TypeCNAME), Target: target}}}
+	}
+	if qtype == dns.TypeSRV {
+		a := answer{exists: true}
+		for i := range e.svc.Spec.Ports {
+			z.srv(&a, e, name, &e.svc.Spec.Ports[i])
+		}
+		return a
+	}
+	if !e.headless() {
+		return addresses(name, qtype, render.ClusterIPs(e.svc)...)
+	}
+	var all []netip.Addr
+	for ep := range e.endpoints {
+		all = append(all, ep.addr)
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	return addresses(name, qtype, slices.Compact(all)...)
+}
+
+// addresses answers with the addresses that qtype asks for.
+func addresses(name string, qtype uint16, all ...netip.Addr) answer {
+	a := answer{exists: true}
+	for _, x := range all {
+		if rr := address(name, x); rr.Header().Rrtype == qtype {
+			a.rrs = append(a.rrs, rr)
+		}
+	}
+	return a
+}
+
+func address(name string, a netip.Addr) dns.RR {
+	if a.Is4() {
+		return &dns.A{Hdr: header(name, dns.TypeA), A: a.AsSlice()}
+	}
+	return &dns.AAAA{Hdr: header(name, dns.TypeAAAA), AAAA: a.AsSlice()}
+}
+
+func oneEndpoint(e *service, name, host string, qtype uint16) answer {
+	var all []netip.Addr
+	for ep := range e.endpoints {
+		if ep.host == host {
+			all = append(all, ep.addr)
+		}
+	}
+	if len(all) == 0 {
+		return answer{}
+	}
+	slices.SortFunc(all, netip.Addr.Compare)
+	return addresses(name, qtype, slices.Compact(all)...)
+}
+
+// portName answers for _port._proto.service.
+func (z *Zone) portName(e *service, name, port, proto string, qtype uint16) answer {
+	for i := range e.svc.Spec.Ports {
+		p := &e.svc.Spec.Ports[i]
+		if p.Name == "" || "_"+strings.ToLower(p.Name) != port || protoLabel(p.Protocol) != proto {
+			continue
+		}
+		a := answer{exists: true}
+		if qtype == dns.TypeSRV {
+			z.srv(&a, e, name, p)
+		}
+		return a
+	}
+	return answer{}
+}
+
+func protoLabel(p corev1.Protocol) string {
+	if p == "" {
+		p = corev1.ProtocolTCP
+	}
+	return "_" + strings.ToLower(string(p))
+}
+
+// srv adds the SRV records of one port, with the addresses of their targets.
+func (z *Zone) srv(a *answer, e *service, name string, p *corev1.ServicePort) {
+	add := func(target string, port uint16, addrs ...netip.Addr) {
+		a.rrs = append(a.rrs, &dns.SRV{Hdr: header(name, dns.TypeSRV), Weight: 100, Port: port, Target: target})
+		for _, x := range addrs {
+			a.extra = append(a.extra, address(target, x))
+		}
+	}
+	if !e.headless() {
+		add(z.name(e), uint16(p.Port), render.ClusterIPs(e.svc)...)
+		return
+	}
+	for ep := range e.endpoints {
+		for i := range ep.slice.Ports {
+			sp := &ep.slice.Ports[i]
+			sameName := sp.Name == nil && p.Name == "" || sp.Name != nil && *sp.Name == p.Name
+			sameProto := sp.Protocol == nil && protoLabel(p.Protocol) == "_tcp" || sp.Protocol != nil && protoLabel(*sp.Protocol) == protoLabel(p.Protocol)
+			if sp.Port != nil && sameName && sameProto {
+				add(ep.host+"."+z.name(e), uint16(*sp.Port), ep.addr)
+			}
+		}
+	}
+}
+
+// podName answers for address.namespace.pod: the label is the answer.
+func (z *Zone) podName(name string, labels []string, qtype uint16) answer {
+	switch len(labels) {
+	case 0:
+		return answer{exists: true}
+	case 1:
+		return answer{exists: z.namespaces[labels[0]]}
+	case 2:
+		if a, ok := undashed(labels[0]); ok && z.namespaces[labels[1]] {
+			return addresses(name, qtype, a)
+		}
+	}
+	return answer{}
+}
+
+func (z *Zone) pointer(name string, qtype uint16) answer {
+	a, ok := reverseAddr(name)
+	if !ok || z.ptr[a] == "" {
+		return answer{}
+	}
+	return only(qtype == dns.TypePTR, &dns.PTR{Hdr: header(name, dns.TypePTR), Ptr: z.ptr[a]})
+}

@@ -1,0 +1,245 @@
+package nft
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"net/netip"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+
+	"decree.dev/decree/netplane/render"
+)
+
+// actual is what the kernel holds of one family.
+type actual struct {
+	// sound is false when table, sets or fixed chains are not as they should be: the
+	// table is made anew.
+	sound  bool
+	exists bool
+	// chains are the sound balancers.
+	chains map[string]bool
+	// byPort are the elements of each service; rest all others.
+	byPort map[render.Port][]element
+	rest   []element
+}
+
+// tag marks a rule with a hash of what it should do, to find out later whether
+// what is there came from this code.
+func tag(f *family, rule []expr.Any) ([]byte, error) {
+	h := fnv.New64a()
+	for _, e := range rule {
+		b, err := expr.Marshal(byte(f.nf), e)
+		if err != nil {
+			return nil, fmt.Errorf("encode %T: %w", e, err)
+		}
+		h.Write(b)
+	}
+	return fmt.Appendf([]byte{0, 24}, "decree %016x\x00", h.Sum64()), nil
+}
+
+// readAttempts bounds how often a table is read that changes meanwhile. Any
+// change of any table counts: some hosts have busy ones.
+const readAttempts = 10
+
+// readFamily loads everything of one family.
+func (s *Services) readFamily(f *family) (*actual, error) {
+	a, err := s.readOnce(f)
+	for i := 1; i < readAttempts && errors.Is(err, errInterrupted); i++ {
+		a, err = s.readOnce(f)
+	}
+	return a, err
+}
+
+func (s *Services) readOnce(f *family) (*actual, error) {
+	a := &actual{chains: map[string]bool{}, byPort: map[render.Port][]element{}}
+	t := s.table(f)
+	tables, err := s.conn.ListTablesOfFamily(f.nf)
+	if err != nil {
+		return nil, fmt.Errorf("list %s tables: %w", f.name, err)
+	}
+	if !slices.ContainsFunc(tables, func(x *nftables.Table) bool { return x.Name == t.Name }) {
+		return a, nil
+	}
+	a.exists = true
+	if a.sound, err = s.checkSets(f, t); err != nil || !a.sound {
+		return a, err
+	}
+	if a.sound, err = s.checkChains(f, t, a.chains); err != nil || !a.sound {
+		return a, err
+	}
+	for id := range numSets {
+		if id == affinity {
+			continue
+		}
+		size := f.set(t, id).KeyType.Bytes
+		err := s.wire.contents(f, t.Name, id, func(e element) {
+			a.sound = a.sound && len(e.key) == int(size)
+			if a.sound {
+				a.add(f, e)
+			}
+		})
+		if err != nil {
+			return nil, fmt.Errorf("read set %s %s %s: %w", f.name, t.Name, setNames[id], err)
+		}
+	}
+	return a, nil
+}
+
+func (a *actual) add(f *family, e element) {
+	key := e.key
+	switch e.set {
+	case services:
+	case endpoints, identities, live:
+		key = key[4:]
+	case closed:
+	default:
+		a.rest = append(a.rest, e)
+		return
+	}
+	p := f.port(key)
+	a.byPort[p] = append(a.byPort[p], e)
+}
+
+func (s *Services) checkSets(f *family, t *nftables.Table) (bool, error) {
+	sets, err := s.conn.GetSets(t)
+	if err != nil {
+		return false, fmt.Errorf("list sets of %s %s: %w", f.name, t.Name, err)
+	}
+	found := map[string]*nftables.Set{}
+	for _, x := range sets {
+		found[x.Name] = x
+	}
+	for id := range numSets {
+		want, have := f.set(t, id), found[setNames[id]]
+		if have == nil || have.IsMap != want.IsMap || have.Interval != want.Interval || have.Dynamic != want.Dynamic || have.HasTimeout != want.HasTimeout {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// checkChains compares the fixed chains, and collects the balancers that are as
+// they should be.
+func (s *Services) checkChains(f *family, t *nftables.Table, balancers map[string]bool) (bool, error) {
+	all, err := s.conn.ListChainsOfTableFamily(f.nf)
+	if err != nil {
+		return false, fmt.Errorf("list chains of %s %s: %w", f.name, t.Name, err)
+	}
+	found := map[string]*nftables.Chain{}
+	for _, c := range all {
+		if c.Table.Name == t.Name {
+			found[c.Name] = c
+		}
+	}
+	tags, err := s.wire.ruleTags(f, t.Name)
+	if err != nil {
+		return false, fmt.Errorf("read rules of %s %s: %w", f.name, t.Name, err)
+	}
+	for _, want := range f.chains() {
+		have := found[want.name]
+		if have == nil || (have.Hooknum == nil) != (want.hook == nil) {
+			return false, nil
+		}
+		if ok, err := sameRules(f, tags[want.name], &want); err != nil || !ok {
+			return false, err
+		}
+		delete(found, want.name)
+	}
+	for name := range found {
+		n, timeout, ok := parseBalancer(name)
+		if !ok {
+			return false, nil // not ours
+		}
+		want := f.balancerChain(n, timeout)
+		if balancers[name], err = sameRules(f, tags[name], &want); err != nil {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// sameRules reports whether a chain has the rules that it should have.
+func sameRules(f *family, tags []string, want *chain) (bool, error) {
+	if len(tags) != len(want.rules) {
+		return false, nil
+	}
+	for i := range tags {
+		tag, err := tag(f, want.rules[i])
+		if err != nil {
+			return false, err
+		}
+		if tags[i] != string(tag) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// service decodes the elements of one service as far as they make sense.
+func (f *family) service(p render.Port, es []element) (render.Service, bool) {
+	s := render.Service{Port: p}
+	known := false
+	type indexed struct {
+		i  uint32
+		ep netip.AddrPort
+	}
+	var eps []indexed
+	n := -1
+	for _, e := range es {
+		switch e.set {
+		case closed:
+			known, n = true, 0
+		case services:
+			if count, timeout, ok := parseBalancer(e.val); ok {
+				known, n, s.Affinity = true, count, timeout
+			}
+		case endpoints:
+			if len(e.val) < f.addrPortBytes() {
+				continue
+			}
+			eps = append(eps, indexed{binary.NativeEndian.Uint32([]byte(e.key[:4])), f.addrPort(e.val)})
+		}
+	}
+	slices.SortFunc(eps, func(a, b indexed) int { return int(a.i) - int(b.i) })
+	for _, x := range eps {
+		if int(x.i) < n {
+			s.Endpoints = append(s.Endpoints, x.ep)
+		}
+	}
+	return s, known
+}
+
+// settings decodes what is not of a service into t.
+func (f *family) settings(t *render.Table, rest []element) {
+	sortElements(rest)
+	for i, e := range rest {
+		var into *[]netip.Prefix
+		switch e.set {
+		case local:
+			t.Local = append(t.Local, f.port(e.key))
+			continue
+		case cluster:
+			into = &t.Cluster
+		case pods:
+			into = &t.Pods
+		case ranges:
+			into = &t.Range
+		default:
+			continue
+		}
+		if e.end {
+			continue
+		}
+		var after netip.Addr
+		if i+1 < len(rest) && rest[i+1].set == e.set && rest[i+1].end {
+			after = f.addr(rest[i+1].key)
+		}
+		if p, ok := prefixBetween(f.addr(e.key), after); ok {
+			*into = append(*into, p)
+		}
+	}
+}

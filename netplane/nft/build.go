@@ -1,0 +1,172 @@
+package nft
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+
+	"decree.dev/decree/netplane/render"
+)
+
+// uses reports whether t has anything of the family.
+func uses(f *family, t *render.Table) bool {
+	of := func(a netip.Addr) bool { return familyOf(a) == f }
+	prefix := func(p netip.Prefix) bool { return of(p.Addr()) }
+	// Services are ordered, IPv4 first.
+	n := len(t.Services)
+	return n > 0 && (of(t.Services[0].Addr) || of(t.Services[n-1].Addr)) ||
+		slices.ContainsFunc(t.Range, prefix) || slices.ContainsFunc(t.Cluster, prefix) || slices.ContainsFunc(t.Pods, prefix) ||
+		slices.ContainsFunc(t.Local, func(p render.Port) bool { return of(p.Addr) })
+}
+
+// build makes the table with its sets and fixed chains anew, in one transaction.
+func (s *Services) build(f *family) error {
+	t := s.table(f)
+	s.conn.AddTable(t) // so that deleting it cannot fail
+	s.conn.DelTable(t)
+	s.conn.AddTable(t)
+	for id := range numSets {
+		set := f.set(t, id)
+		set.KeyByteOrder = binaryutil.BigEndian
+		if err := s.conn.AddSet(set, nil); err != nil {
+			return fmt.Errorf("set %s %s %s: %w", f.name, t.Name, set.Name, err)
+		}
+	}
+	for _, c := range f.chains() {
+		if err := s.addChain(f, t, &c); err != nil {
+			return err
+		}
+	}
+	if err := s.conn.Flush(); err != nil {
+		return fmt.Errorf("make table %s %s: %w", f.name, t.Name, err)
+	}
+	return nil
+}
+
+func (s *Services) addChain(f *family, t *nftables.Table, c *chain) error {
+	nc := &nftables.Chain{Name: c.name, Table: t}
+	if c.hook != nil {
+		nc.Hooknum, nc.Priority, nc.Type = c.hook, c.prio, c.typ
+	}
+	s.conn.AddChain(nc)
+	for _, exprs := range c.rules {
+		tag, err := tag(f, exprs)
+		if err != nil {
+			return fmt.Errorf("chain %s: %w", c.name, err)
+		}
+		s.conn.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: exprs, UserData: tag})
+	}
+	return nil
+}
+
+// addBalancers makes the balancers that the changes go to, where they are missing
+// or not as they should be.
+func (s *Services) addBalancers(f *family, cs []change) error {
+	t := s.table(f)
+	var made []string
+	for i := range cs {
+		for j := range cs[i].adds {
+			e := &cs[i].adds[j]
+			if e.set != services || s.chains[f][e.val] || slices.Contains(made, e.val) {
+				continue
+			}
+			made = append(made, e.val)
+			if err := s.addBalancer(f, t, e.val); err != nil {
+				return err
+			}
+		}
+	}
+	// Those that are there but damaged may have services that do not change.
+	for name, ok := range s.chains[f] {
+		if !ok && !slices.Contains(made, name) {
+			made = append(made, name)
+			if err := s.addBalancer(f, t, name); err != nil {
+				return err
+			}
+		}
+	}
+	if len(made) == 0 {
+		return nil
+	}
+	if err := s.conn.Flush(); err != nil {
+		return fmt.Errorf("make chains of %s %s: %w", f.name, t.Name, err)
+	}
+	for _, name := range made {
+		s.chains[f][name] = true
+	}
+	return nil
+}
+
+func (s *Services) addBalancer(f *family, t *nftables.Table, name string) error {
+	n, timeout, _ := parseBalancer(name)
+	c := f.balancerChain(n, timeout)
+	s.conn.AddChain(&nftables.Chain{Name: name, Table: t})
+	s.conn.FlushChain(&nftables.Chain{Name: name, Table: t})
+	return s.addChain(f, t, &c)
+}
+
+// collect deletes balancers that no service goes to, once there are many. What
+// does not work now works later, so that it is no error.
+func (s *Services) collect(want *render.Table) {
+	for _, f := range families {
+		if len(s.chains[f]) <= maxIdleChains {
+			continue
+		}
+		idle := map[string]bool{}
+		for name := range s.chains[f] {
+			idle[name] = true
+		}
+		for i := range want.Services {
+			if svc := &want.Services[i]; len(svc.Endpoints) > 0 && familyOf(svc.Addr) == f {
+				delete(idle, balancer(len(svc.Endpoints), svc.Affinity))
+			}
+		}
+		if len(idle) <= maxIdleChains {
+			continue
+		}
+		for name := range idle {
+			s.conn.DelChain(&nftables.Chain{Name: name, Table: s.table(f)})
+		}
+		if err := s.conn.Flush(); err != nil {
+			s.log.Warn("delete unused chains", "family", f.name, "table", s.name, "err", err)
+			s.known = false
+			continue
+		}
+		for name := range idle {
+			delete(s.chains[f], name)
+		}
+	}
+}
+
+func sortServices(ss []render.Service) {
+	slices.SortFunc(ss, func(a, b render.Service) int { return a.Compare(b.Port) })
+}
+
+// Probe finds out whether the kernel has all that a table needs, in the network
+// namespace of the calling thread, by making one under a name that nobody has.
+func Probe() error {
+	s, err := New(fmt.Sprintf("decree-probe-%d", os.Getpid()), slog.New(slog.DiscardHandler))
+	if err != nil {
+		return err
+	}
+	t := s.table(ip4)
+	err = s.build(ip4)
+	if err == nil {
+		for _, affinity := range []time.Duration{0, time.Hour} {
+			c := ip4.balancerChain(2, affinity)
+			err = errors.Join(err, s.addChain(ip4, t, &c))
+		}
+		if err == nil {
+			err = s.conn.Flush()
+		}
+		err = errors.Join(err, s.dropTable(ip4))
+	}
+	return errors.Join(err, s.Close())
+}

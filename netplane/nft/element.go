@@ -1,0 +1,170 @@
+package nft
+
+import (
+	"cmp"
+	"encoding/binary"
+	"hash/fnv"
+	"net/netip"
+	"slices"
+
+	"decree.dev/decree/netplane/render"
+)
+
+// element is one entry of a set. val is the data of a map, or the chain to go to.
+type element struct {
+	set      setID
+	key, val string
+	end      bool // of an interval
+}
+
+// id is what the kernel tells elements apart by.
+type id struct {
+	set setID
+	key string
+	end bool
+}
+
+func (e *element) id() id { return id{e.set, e.key, e.end} }
+
+func sortElements(es []element) {
+	slices.SortFunc(es, func(a, b element) int {
+		return cmp.Or(cmp.Compare(a.set, b.set), cmp.Compare(a.key, b.key))
+	})
+}
+
+// elementsOf appends what one service needs, but for hairpin, which services share.
+func elementsOf(out []element, s *render.Service) []element {
+	port := string(appendPort(nil, s.Port))
+	n := len(s.Endpoints)
+	if n == 0 {
+		return append(out, element{set: closed, key: port})
+	}
+	out = append(out, element{set: services, key: port, val: balancer(n, s.Affinity)})
+	taken := map[uint32]bool{}
+	for i, ep := range s.Endpoints {
+		key := word(uint32(i)) + port
+		backend := string(appendAddrPort(nil, ep))
+		out = append(out, element{set: endpoints, key: key, val: backend})
+		if s.Affinity > 0 {
+			who := identity(backend, taken)
+			out = append(out, element{set: identities, key: key, val: word(who)}, element{set: live, key: word(who) + port, val: backend})
+		}
+	}
+	return out
+}
+
+// identity is a number for an endpoint that stays the same while other endpoints
+// of its service come and go.
+func identity(backend string, taken map[uint32]bool) uint32 {
+	h := fnv.New32a()
+	h.Write([]byte(backend))
+	who := h.Sum32()
+	for who == 0 || taken[who] { // zero is no mark
+		who++
+	}
+	taken[who] = true
+	return who
+}
+
+// word is a number as the kernel holds it in a register.
+func word(n uint32) string { return string(binary.NativeEndian.AppendUint32(nil, n)) }
+
+func hairpinOf(a netip.Addr) element {
+	return element{set: hairpin, key: string(appendAddr(appendAddr(nil, a), a))}
+}
+
+// settingsOf appends the elements of everything in t but its services.
+func (f *family) settingsOf(out []element, t *render.Table) []element {
+	for _, x := range []struct {
+		id setID
+		ps []netip.Prefix
+	}{{cluster, t.Cluster}, {pods, t.Pods}, {ranges, t.Range}} {
+		for _, p := range x.ps {
+			if familyOf(p.Addr()) != f {
+				continue
+			}
+			out = append(out, element{set: x.id, key: string(appendAddr(nil, p.Addr()))})
+			if after := afterPrefix(p); after.IsValid() {
+				out = append(out, element{set: x.id, key: string(appendAddr(nil, after)), end: true})
+			}
+		}
+	}
+	for _, p := range t.Local {
+		if familyOf(p.Addr) == f {
+			out = append(out, element{set: local, key: string(appendPort(nil, p))})
+		}
+	}
+	return out
+}
+
+// afterPrefix is the first address after p, or the zero Addr if there is none.
+func afterPrefix(p netip.Prefix) netip.Addr {
+	b := p.Masked().Addr().AsSlice()
+	for i := p.Bits(); i < len(b)*8; i++ {
+		b[i/8] |= 0x80 >> (i % 8)
+	}
+	a, _ := netip.AddrFromSlice(b)
+	return a.Next()
+}
+
+// prefixBetween is the prefix from first up to, but without, after (the zero Addr:
+// up to the last address).
+func prefixBetween(first, after netip.Addr) (netip.Prefix, bool) {
+	for bits := range first.BitLen() + 1 {
+		if p := netip.PrefixFrom(first, bits); p.Masked() == p && afterPrefix(p) == after {
+			return p, true
+		}
+	}
+	return netip.Prefix{}, false
+}
+
+// changes returns what has to be deleted from and added to have to become want. An
+// element whose value differs is deleted and added.
+func changes(have, want []element) (dels, adds []element) {
+	old := make(map[id]string, len(have))
+	for i := range have {
+		old[have[i].id()] = have[i].val
+	}
+	for _, e := range want {
+		val, ok := old[e.id()]
+		delete(old, e.id())
+		if ok && val == e.val {
+			continue
+		}
+		if ok {
+			dels = append(dels, element{set: e.set, key: e.key, end: e.end})
+		}
+		adds = append(adds, e)
+	}
+	for k := range old {
+		dels = append(dels, element{set: k.set, key: k.key, end: k.end})
+	}
+	return dels, adds
+}
+
+// settingChanges is changes for settings: an interval set that differs is written
+// anew, because the kernel refuses halves of intervals that overlap on the way.
+func settingChanges(have, want []element) (dels, adds []element) {
+	dels, adds = changes(have, want)
+	var differs [numSets]bool
+	for _, es := range [][]element{dels, adds} {
+		for _, e := range es {
+			differs[e.set] = true
+		}
+	}
+	anew := func(e element) bool {
+		return differs[e.set] && (e.set == cluster || e.set == pods || e.set == ranges)
+	}
+	dels, adds = slices.DeleteFunc(dels, anew), slices.DeleteFunc(adds, anew)
+	for _, e := range have {
+		if anew(e) {
+			dels = append(dels, e)
+		}
+	}
+	for _, e := range want {
+		if anew(e) {
+			adds = append(adds, e)
+		}
+	}
+	return dels, adds
+}

@@ -1,0 +1,133 @@
+package nft_test
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os/exec"
+	"strings"
+	"testing"
+
+	"github.com/google/nftables"
+	"go.uber.org/goleak"
+
+	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/netplanetest"
+	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/netplane/netspace/netspacetest"
+	"decree.dev/decree/netplane/nft"
+	"decree.dev/decree/netplane/render"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// kernel is the real one, in namespaces.
+type kernel struct {
+	*netplanetest.Lab
+	t testing.TB
+}
+
+func (k *kernel) Services() (s netplane.Services, err error) {
+	err = netspace.Do(k.Path[netplanetest.Node], func() error {
+		n, err := nft.New("", slog.New(slog.DiscardHandler))
+		if err == nil {
+			k.t.Cleanup(func() { n.Close() })
+		}
+		s = n
+		return err
+	})
+	return s, err
+}
+
+func (k *kernel) in(fn func(c *nftables.Conn) error) error {
+	return netspace.Do(k.Path[netplanetest.Node], func() error {
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		return errors.Join(fn(c), c.Flush())
+	})
+}
+
+// Tamper deletes one endpoint of a service.
+func (k *kernel) Tamper(p render.Port) error {
+	return k.in(func(c *nftables.Conn) error {
+		set := nft.EndpointSet(p.Addr)
+		es, err := c.GetSetElements(set)
+		if err != nil {
+			return err
+		}
+		for _, e := range es {
+			if string(e.Key[4:]) == nft.PortKey(p) {
+				return c.SetDeleteElements(set, []nftables.SetElement{{Key: e.Key}})
+			}
+		}
+		return fmt.Errorf("no endpoint of %s", p)
+	})
+}
+
+// Break empties a chain of every table.
+func (k *kernel) Break() error {
+	return k.in(func(c *nftables.Conn) error {
+		ts, err := c.ListTables()
+		for _, t := range ts {
+			c.FlushChain(&nftables.Chain{Name: "filter_forward", Table: t})
+		}
+		return err
+	})
+}
+
+func (k *kernel) Leftovers() (string, error) {
+	var names []string
+	err := k.in(func(c *nftables.Conn) error {
+		ts, err := c.ListTables()
+		for _, t := range ts {
+			names = append(names, t.Name)
+		}
+		return err
+	})
+	return strings.Join(names, " "), err
+}
+
+func TestConformance(t *testing.T) {
+	netplanetest.Run(t, &kernel{netplanetest.NewLab(t), t})
+}
+
+// TestListed: the tool that operators look with can print what is there.
+func TestListed(t *testing.T) {
+	if _, err := exec.LookPath("nft"); err != nil {
+		t.Fatalf("%v; run: go tool task setup", err)
+	}
+	k := &kernel{netplanetest.NewLab(t), t}
+	s, err := k.Services()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range netplanetest.Nets {
+		tb := render.Table{
+			Range: only(n.Range), Cluster: only(n.Cluster), Pods: only(n.Pods),
+			Services: []render.Service{
+				{Port: render.Port{Addr: n.Service(1), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...)},
+				{Port: render.Port{Addr: n.Service(2), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...), Affinity: 3600e9},
+				{Port: render.Port{Addr: n.Service(3), Proto: render.TCP, Port: 80}},
+			},
+		}
+		if _, err := s.Sync(t.Context(), tb); err != nil {
+			t.Fatal(err)
+		}
+		var out []byte
+		netspacetest.In(t, k.Path[netplanetest.Node], func() (err error) {
+			out, err = exec.Command("nft", "list", "ruleset").CombinedOutput()
+			return err
+		})
+		t.Logf("%s", out)
+		for _, want := range []string{"table " + map[bool]string{true: "ip", false: "ip6"}[n.Service(1).Is4()] + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : goto lb_3"} {
+			if !strings.Contains(string(out), want) {
+				t.Errorf("%q is not in the listing", want)
+			}
+		}
+	}
+}
+
+func only(p netip.Prefix) []netip.Prefix { return []netip.Prefix{p} }

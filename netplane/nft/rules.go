@@ -1,0 +1,210 @@
+package nft
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+
+	"decree.dev/decree/netplane/render"
+)
+
+// reg0 is the first of the sixteen 32-bit registers (NFT_REG32_00).
+const reg0 = unix.NFT_REG32_00
+
+const (
+	dstNATStatus = 1 << 5 // IPS_DST_NAT of nf_conntrack_common.h
+	dirReply     = 1      // IP_CT_DIR_REPLY
+	// dynsetDelete is NFT_DYNSET_OP_DELETE of nf_tables.h.
+	dynsetDelete = 2
+)
+
+// chain is a chain as it should be.
+type chain struct {
+	name  string
+	hook  *nftables.ChainHook // nil: entered by goto
+	prio  *nftables.ChainPriority
+	typ   nftables.ChainType
+	rules [][]expr.Any
+}
+
+// chains returns the fixed chains of a table, those that others go to first.
+func (f *family) chains() []chain {
+	return []chain{
+		{name: "refuse", rules: f.refuse()},
+		{name: "prerouting", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookPrerouting, prio: nftables.ChainPriorityNATDest, rules: f.balance()},
+		{name: "output", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityNATDest, rules: f.balance()},
+		{name: "postrouting", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, prio: nftables.ChainPriorityNATSource, rules: f.masquerade()},
+		{name: "filter_input", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, prio: nftables.ChainPriorityFilter, rules: f.filter()},
+		{name: "filter_forward", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, prio: nftables.ChainPriorityFilter, rules: f.filter()},
+		{name: "filter_output", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityFilter, rules: f.filter()},
+	}
+}
+
+// balance sends packets to services on to the chain for their number of endpoints.
+func (f *family) balance() [][]expr.Any {
+	return [][]expr.Any{append(f.loadPort(reg0), &expr.Lookup{SourceRegister: reg0, SetName: setNames[services], IsDestRegSet: true, DestRegister: unix.NFT_REG_VERDICT})}
+}
+
+// filter refuses what is addressed to a service and was not translated.
+func (f *family) filter() [][]expr.Any {
+	refuse := &expr.Verdict{Kind: expr.VerdictGoto, Chain: "refuse"}
+	return [][]expr.Any{
+		{ct(expr.CtKeyDIRECTION), equal([]byte{dirReply}), accept()},
+		{f.load(reg0, f.daddr), member(reg0, ranges), refuse},
+		append(f.loadPort(reg0), member(reg0, closed), refuse),
+	}
+}
+
+// refuse tells the client at once where the protocol has a way to, except for
+// what this node serves itself.
+func (f *family) refuse() [][]expr.Any {
+	unreachable := &expr.Reject{Type: unix.NFT_REJECT_ICMP_UNREACH, Code: f.unreachable}
+	return [][]expr.Any{
+		append(f.loadPort(reg0), member(reg0, local), accept()),
+		{l4proto(reg0), equal([]byte{byte(render.TCP)}), &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}},
+		{l4proto(reg0), equal([]byte{byte(render.UDP)}), unreachable},
+		{l4proto(reg0), equal([]byte{byte(render.SCTP)}), unreachable},
+		{&expr.Verdict{Kind: expr.VerdictDrop}},
+	}
+}
+
+// masquerade gives the node's address to connections whose replies would not come
+// back otherwise: a pod that reached itself, a client outside the cluster, and
+// pods that leave the cluster.
+func (f *family) masquerade() [][]expr.Any {
+	translated := []expr.Any{
+		ct(expr.CtKeySTATUS),
+		&expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(dstNATStatus), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)},
+	}
+	src, dst := f.load(reg0, f.saddr), f.load(reg0, f.daddr)
+	dst2 := f.load(reg0+f.words, f.daddr)
+	masq := &expr.Masq{FullyRandom: true}
+	return [][]expr.Any{
+		join(translated, []expr.Any{src, dst2, member(reg0, hairpin), masq}),
+		// Others translate addresses too: only what goes to an endpoint of ours.
+		join(translated, []expr.Any{dst, dst2, member(reg0, hairpin), src, notMember(reg0, cluster), masq}),
+		{src, member(reg0, pods), dst, notMember(reg0, cluster), dst, notMember(reg0, ranges), masq},
+	}
+}
+
+// balancer names the chain for services with this many endpoints (at least one).
+func balancer(n int, affinity time.Duration) string {
+	if affinity == 0 {
+		return "lb_" + strconv.Itoa(n)
+	}
+	return fmt.Sprintf("lb_%d_%d", n, int64(affinity/time.Second))
+}
+
+// parseBalancer undoes balancer.
+func parseBalancer(name string) (n int, affinity time.Duration, ok bool) {
+	rest, ok := strings.CutPrefix(name, "lb_")
+	if !ok {
+		return 0, 0, false
+	}
+	count, seconds, has := strings.Cut(rest, "_")
+	n, err := strconv.Atoi(count)
+	if err != nil || n < 1 {
+		return 0, 0, false
+	}
+	if has {
+		s, err := strconv.ParseInt(seconds, 10, 32)
+		if err != nil || s < 1 {
+			return 0, 0, false
+		}
+		affinity = time.Duration(s) * time.Second
+	}
+	return n, affinity, balancer(n, affinity) == name
+}
+
+// balancerChain is the chain that picks one of n endpoints.
+//
+// The random number lies in the register before the service's key, so that one
+// lookup finds the endpoint, whatever the number of services. With affinity, the
+// endpoint's identity travels in the packet mark of a connection's first packet
+// from one lookup to the next, because the nft command cannot list rules that use
+// the result of a lookup in another one; the mark is zero again when done.
+func (f *family) balancerChain(n int, timeout time.Duration) chain {
+	key := reg0 + f.words     // service; one address before it for the client
+	data := key + f.words + 2 // endpoint
+	spare := data + f.words + 1
+	index := &expr.Numgen{Register: key - 1, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM}
+	nat := &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.nf), RegAddrMin: data, RegProtoMin: data + f.words, Specified: true}
+	c := chain{name: balancer(n, timeout)}
+	pick := join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, endpoints, data)})
+	if timeout == 0 {
+		c.rules = [][]expr.Any{join(pick, []expr.Any{nat})}
+		return c
+	}
+	client := f.load(reg0, f.saddr)
+	mark := func(reg uint32) expr.Any { return &expr.Meta{Key: expr.MetaKeyMARK, Register: reg} }
+	setMark := func(reg uint32) expr.Any {
+		return &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg}
+	}
+	dynset := func(op uint32, timeout time.Duration) expr.Any {
+		return &expr.Dynset{SetName: setNames[affinity], SrcRegKey: reg0, SrcRegData: spare, Operation: op, Timeout: timeout}
+	}
+	remember, forget := dynset(unix.NFT_DYNSET_OP_UPDATE, timeout), dynset(dynsetDelete, 0)
+	unmark := []expr.Any{&expr.Immediate{Register: spare, Data: make([]byte, 4)}, setMark(spare)}
+	find := []expr.Any{mark(key - 1), mapped(key-1, live, data)}
+	c.rules = [][]expr.Any{
+		// A client that is remembered, and whose endpoint is still there.
+		join([]expr.Any{client}, f.loadPort(key), []expr.Any{mapped(reg0, affinity, data), setMark(data)},
+			find, []expr.Any{client, mark(spare), remember}, unmark, []expr.Any{nat}),
+		// Any other. An update keeps the endpoint that it finds: one that is gone has
+		// to be forgotten first.
+		join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, identities, data), setMark(data)},
+			find, []expr.Any{client, mark(spare), forget, remember}, unmark, []expr.Any{nat}),
+		// Where there was no room to remember.
+		join(unmark, pick, []expr.Any{nat}),
+	}
+	return c
+}
+
+// mapped looks up what is at register reg in a map, into register to.
+func mapped(reg uint32, id setID, to uint32) expr.Any {
+	return &expr.Lookup{SourceRegister: reg, SetName: setNames[id], IsDestRegSet: true, DestRegister: to}
+}
+
+// loadPort loads the packet's address . protocol . port from register reg on.
+func (f *family) loadPort(reg uint32) []expr.Any {
+	return []expr.Any{
+		f.load(reg, f.daddr),
+		l4proto(reg + f.words),
+		&expr.Payload{DestRegister: reg + f.words + 1, Base: expr.PayloadBaseTransportHeader, Offset: 2, Len: 2},
+	}
+}
+
+func (f *family) load(reg, offset uint32) expr.Any {
+	return &expr.Payload{DestRegister: reg, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(f.bytes)}
+}
+
+func l4proto(reg uint32) expr.Any { return &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg} }
+
+func ct(key expr.CtKey) expr.Any { return &expr.Ct{Key: key, Register: reg0} }
+
+func equal(b []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: b} }
+
+func member(reg uint32, id setID) expr.Any {
+	return &expr.Lookup{SourceRegister: reg, SetName: setNames[id]}
+}
+
+func notMember(reg uint32, id setID) expr.Any {
+	return &expr.Lookup{SourceRegister: reg, SetName: setNames[id], Invert: true}
+}
+
+func accept() expr.Any { return &expr.Verdict{Kind: expr.VerdictAccept} }
+
+func join(parts ...[]expr.Any) []expr.Any {
+	var out []expr.Any
+	for _, p := range parts {
+		out = append(out, p...)
+	}
+	return out
+}

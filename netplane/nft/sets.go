@@ -1,0 +1,69 @@
+package nft
+
+import (
+	"github.com/google/nftables"
+)
+
+// setID names one of the sets of a table.
+type setID uint8
+
+// The sets of a table.
+const (
+	// services maps address . protocol . port to the chain that balances it.
+	services setID = iota
+	// endpoints maps index . address . protocol . port to endpoint address . port.
+	endpoints
+	// closed are the services without endpoints.
+	closed
+	// identities maps index . service to the identity of the endpoint, and live maps
+	// identity . service to endpoint address . port, for the services with affinity.
+	identities
+	live
+	// affinity maps client . service to the identity of an endpoint, which may be gone
+	// from live. Packets write it.
+	affinity
+	// hairpin are the pairs address . address of all endpoints: what a pod that
+	// reached itself looks like.
+	hairpin
+	// cluster, pods, ranges and local are the like-named fields of render.Table.
+	cluster
+	pods
+	ranges
+	local
+	numSets
+)
+
+// affinitySize bounds the clients remembered at a time; beyond it a new client is
+// balanced without being remembered.
+const affinitySize = 1 << 18
+
+var setNames = [numSets]string{"services", "endpoints", "closed", "identities", "live", "affinity", "hairpin", "cluster", "pods", "range", "local"}
+
+// set describes a set to the kernel.
+func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
+	s := &nftables.Set{Table: t, Name: setNames[id], Concatenation: true}
+	port := []nftables.SetDatatype{f.addrType, nftables.TypeInetProto, nftables.TypeInetService}
+	backend := nftables.MustConcatSetType(f.addrType, nftables.TypeInetService)
+	switch id {
+	case services:
+		s.KeyType, s.IsMap, s.DataType = concat(port...), true, nftables.TypeVerdict
+	case endpoints, live:
+		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, backend
+	case identities:
+		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, nftables.TypeMark
+	case closed, local:
+		s.KeyType = concat(port...)
+	case affinity:
+		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{f.addrType}, port...)...), true, nftables.TypeMark
+		s.Dynamic, s.HasTimeout, s.Size = true, true, affinitySize
+	case hairpin:
+		s.KeyType = concat(f.addrType, f.addrType)
+	case cluster, pods, ranges:
+		s.KeyType, s.Concatenation, s.Interval = f.addrType, false, true
+	}
+	return s
+}
+
+func concat(types ...nftables.SetDatatype) nftables.SetDatatype {
+	return nftables.MustConcatSetType(types...)
+}

@@ -1,0 +1,268 @@
+package netplane
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"decree.dev/decree/netplane/cni"
+	"decree.dev/decree/netplane/dns"
+	"decree.dev/decree/netplane/host"
+	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/netplane/nft"
+	"decree.dev/decree/netplane/render"
+)
+
+// DefaultReadBack is how often the kernel's tables are compared with what they
+// should be.
+const DefaultReadBack = 30 * time.Second
+
+// Config says where a node's network is. Only DataDir has to be set.
+type Config struct {
+	// DataDir is the folder of this package; Purge removes it.
+	DataDir string
+	// Table is the name of the nftables tables; empty: nft.DefaultTable.
+	Table string
+	// CNIConfDir is where a user's CNI configuration wins over the generated one,
+	// usually /etc/cni/net.d. Empty: there is none.
+	CNIConfDir string
+	// CNIBinDirs are searched for plugins; empty: /opt/cni/bin and /usr/lib/cni.
+	CNIBinDirs []string
+	// MTU of pod interfaces in bytes; zero: the kernel's default.
+	MTU int
+	// ResolvConf lists the name servers for all names outside the cluster; empty:
+	// /etc/resolv.conf.
+	ResolvConf string
+	// NetNS is the node's network namespace; empty: that of the process.
+	NetNS string
+	// ReadBack is the time between comparisons; zero: DefaultReadBack.
+	ReadBack time.Duration
+	// Registerer takes the metrics; nil: they go nowhere.
+	Registerer prometheus.Registerer
+	// Log; nil: slog.Default.
+	Log *slog.Logger
+}
+
+// withDefaults fills what the caller left out.
+func (c Config) withDefaults() Config {
+	if len(c.CNIBinDirs) == 0 {
+		c.CNIBinDirs = []string{"/opt/cni/bin", "/usr/lib/cni"}
+	}
+	if c.ResolvConf == "" {
+		c.ResolvConf = "/etc/resolv.conf"
+	}
+	if c.ReadBack == 0 {
+		c.ReadBack = DefaultReadBack
+	}
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	return c
+}
+
+func (c *Config) networks() *cni.Networks {
+	return cni.New(cni.Config{
+		UserConfDir: c.CNIConfDir, BinDirs: c.CNIBinDirs, DataDir: filepath.Join(c.DataDir, "cni"), MTU: c.MTU, NetNS: c.NetNS,
+	}, c.Log)
+}
+
+// Plane is the network of one node. What it makes outlives it, and the next Plane
+// with the same folder goes on with it. All methods are safe for concurrent use.
+type Plane struct {
+	cfg      Config
+	log      *slog.Logger
+	host     *host.Host
+	networks *cni.Networks
+	services Services
+	closer   func() error
+	dns      *dns.Server
+	metrics  *metrics
+
+	mu   sync.Mutex
+	want *render.Table // nil before the first Set
+	// address is where DNS shall listen; moved is signalled when it changes.
+	address netip.Addr
+	moved   chan struct{}
+}
+
+// New opens the kernel's interfaces, and changes nothing yet.
+func New(cfg Config) (*Plane, error) {
+	cfg = cfg.withDefaults()
+	if cfg.DataDir == "" {
+		return nil, errors.New("netplane: DataDir is not set")
+	}
+	p := &Plane{
+		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(),
+		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1),
+	}
+	err := netspace.Do(cfg.NetNS, func() error {
+		s, err := nft.New(cfg.Table, cfg.Log)
+		if err != nil {
+			return err
+		}
+		p.services, p.closer = s, s.Close
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("netplane: %w", err)
+	}
+	p.dns = dns.New(dns.Config{ResolvConf: cfg.ResolvConf, Dial: p.dial, Registerer: cfg.Registerer, Log: cfg.Log})
+	return p, nil
+}
+
+// Close lets go of the kernel's interfaces; everything made stays.
+func (p *Plane) Close() error { return p.closer() }
+
+// Set makes the node's network what d asks for. It is idempotent, and does as much
+// as it can when part of it does not work; the error says which part.
+func (p *Plane) Set(ctx context.Context, d Desired) error {
+	table := render.Render(d)
+	zone := dns.NewZone(d)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	if p.want == nil || !p.want.SameConfig(table) {
+		errs = append(errs, p.prepare(&table), p.networks.SetPodCIDRs(d.PodCIDRs))
+	}
+	errs = append(errs, p.sync(ctx, table))
+	p.dns.Set(zone)
+	if p.address != d.DNS {
+		p.address = d.DNS
+		select {
+		case p.moved <- struct{}{}:
+		default:
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		p.want = nil // so that the next Set tries all of it
+		return fmt.Errorf("set network: %w", err)
+	}
+	p.want = &table
+	return nil
+}
+
+// prepare makes the node route, and service addresses local.
+func (p *Plane) prepare(t *render.Table) error {
+	local := slices.Clone(t.Range)
+	for _, l := range t.Local {
+		if !slices.ContainsFunc(local, func(r netip.Prefix) bool { return r.Contains(l.Addr) }) {
+			local = append(local, netip.PrefixFrom(l.Addr, l.Addr.BitLen()))
+		}
+	}
+	is6 := func(q netip.Prefix) bool { return q.Addr().Is6() }
+	is4 := func(q netip.Prefix) bool { return q.Addr().Is4() }
+	return netspace.Do(p.cfg.NetNS, func() error {
+		return errors.Join(p.host.Forward(slices.ContainsFunc(t.Pods, is4), slices.ContainsFunc(t.Pods, is6)), p.host.Routes(local))
+	})
+}
+
+func (p *Plane) sync(ctx context.Context, t render.Table) error {
+	start := time.Now()
+	n, err := p.services.Sync(ctx, t)
+	p.metrics.sync.Observe(time.Since(start).Seconds())
+	p.metrics.operations.Add(float64(n))
+	if err != nil {
+		p.metrics.failures.Inc()
+		return fmt.Errorf("services: %w", err)
+	}
+	p.metrics.services.Set(float64(len(t.Services)))
+	return nil
+}
+
+// Attach connects the pod's network namespace and returns the pod's addresses, the
+// primary one first. See cni.Networks.Attach.
+func (p *Plane) Attach(ctx context.Context, pod *corev1.Pod, netns string) ([]netip.Addr, error) {
+	return p.networks.Attach(ctx, pod, netns)
+}
+
+// Detach undoes Attach; netns may be gone already.
+func (p *Plane) Detach(ctx context.Context, pod types.UID, netns string) error {
+	return p.networks.Detach(ctx, pod, netns)
+}
+
+// Attached lists the pods that hold network resources.
+func (p *Plane) Attached(ctx context.Context) ([]types.UID, error) {
+	return p.networks.Attached(ctx)
+}
+
+// Run serves DNS and repairs what others change, until ctx ends; then it returns
+// the cause. It does nothing before the first Set.
+func (p *Plane) Run(ctx context.Context) error {
+	var wg sync.WaitGroup
+	wg.Go(func() { p.serveDNS(ctx) })
+	wg.Go(func() { p.watch(ctx) })
+	wg.Wait()
+	return context.Cause(ctx)
+}
+
+// watch compares the kernel with the last Set from time to time.
+func (p *Plane) watch(ctx context.Context) {
+	tick := time.NewTicker(p.cfg.ReadBack)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			if err := p.Repair(ctx); err != nil && ctx.Err() == nil {
+				p.log.Error("network is not as it should be; will try again", "err", err)
+			}
+		}
+	}
+}
+
+// Repair compares the kernel with the last Set and repairs what differs. Run calls
+// it from time to time. It does nothing before the first Set.
+func (p *Plane) Repair(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.want == nil {
+		return nil
+	}
+	if err := p.prepare(p.want); err != nil {
+		return err
+	}
+	if _, err := p.services.Read(ctx); err != nil {
+		return fmt.Errorf("read services back: %w", err)
+	}
+	n, err := p.services.Sync(ctx, *p.want)
+	if n > 0 {
+		p.metrics.drift.Add(float64(n))
+		p.log.Warn("somebody changed the service table; repaired", "operations", n)
+	}
+	if err != nil {
+		return fmt.Errorf("services: %w", err)
+	}
+	return nil
+}
+
+// Purge removes everything that this or any earlier Plane with the same folder
+// made. It is idempotent, and needs no Set before. Run must have returned.
+func (p *Plane) Purge(ctx context.Context) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.want = nil
+	cidrs, err := p.networks.PodCIDRs()
+	errs := []error{err, p.networks.Purge(ctx), p.services.Purge(ctx)}
+	errs = append(errs, netspace.Do(p.cfg.NetNS, func() error {
+		return errors.Join(p.host.Links(cidrs), p.host.Restore())
+	}))
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("purge network: %w", err)
+	}
+	if err := os.RemoveAll(p.cfg.DataDir); err != nil {
+		return fmt.Errorf("purge network: %w", err)
+	}
+	return nil
+}

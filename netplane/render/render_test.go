@@ -1,0 +1,186 @@
+package render
+
+import (
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"pgregory.net/rapid"
+)
+
+func ptr[T any](v T) *T { return &v }
+
+func svc(name string, spec corev1.ServiceSpec) *corev1.Service {
+	return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "d", Name: name}, Spec: spec}
+}
+
+// ep is an endpoint: address, then any of notready, serving, terminating, @node.
+func ep(words string) discoveryv1.Endpoint {
+	f := strings.Fields(words)
+	e := discoveryv1.Endpoint{Addresses: []string{f[0]}}
+	for _, w := range f[1:] {
+		switch {
+		case w == "notready":
+			e.Conditions.Ready = ptr(false)
+		case w == "serving":
+			e.Conditions.Serving = ptr(true)
+		case w == "terminating":
+			e.Conditions.Terminating = ptr(true)
+		case w[0] == '@':
+			e.NodeName = ptr(w[1:])
+		}
+	}
+	return e
+}
+
+func slice(svc string, family discoveryv1.AddressType, port int32, eps ...string) *discoveryv1.EndpointSlice {
+	s := &discoveryv1.EndpointSlice{
+		ObjectMeta:  metav1.ObjectMeta{Namespace: "d", Labels: map[string]string{discoveryv1.LabelServiceName: svc}},
+		AddressType: family, Ports: []discoveryv1.EndpointPort{{Name: ptr("p"), Port: &port}},
+	}
+	for _, e := range eps {
+		s.Endpoints = append(s.Endpoints, ep(e))
+	}
+	return s
+}
+
+// text is a table's services, a line each.
+func text(t Table) string {
+	var b strings.Builder
+	for _, s := range t.Services {
+		fmt.Fprintf(&b, "%s -> %v", s.Port, s.Endpoints)
+		if s.Affinity > 0 {
+			fmt.Fprintf(&b, " %s", s.Affinity)
+		}
+		b.WriteByte('\n')
+	}
+	return b.String()
+}
+
+func TestRender(t *testing.T) {
+	port := []corev1.ServicePort{{Name: "p", Port: 80}}
+	const v4, v6 = discoveryv1.AddressTypeIPv4, discoveryv1.AddressTypeIPv6
+	local := corev1.ServiceInternalTrafficPolicyLocal
+	for _, c := range []struct {
+		name   string
+		svc    corev1.ServiceSpec
+		slices []*discoveryv1.EndpointSlice
+		want   string
+	}{
+		{"ready", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.3", "10.98.0.2", "10.98.0.4 notready", "10.98.0.5 notready serving terminating")},
+			"tcp 10.97.0.1:80 -> [10.98.0.2:8080 10.98.0.3:8080]\n"},
+		{"terminating only", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.4 notready", "10.98.0.5 notready serving terminating", "10.98.0.6 notready terminating", "10.98.0.7 notready serving")},
+			"tcp 10.97.0.1:80 -> [10.98.0.5:8080]\n"},
+		{"none", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port}, nil, "tcp 10.97.0.1:80 -> []\n"},
+		{"merged", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.3", "10.98.0.2"), slice("s", v4, 8080, "10.98.0.2"), slice("s", v4, 9090, "10.98.0.2"), slice("other", v4, 1, "10.98.0.9")},
+			"tcp 10.97.0.1:80 -> [10.98.0.2:8080 10.98.0.2:9090 10.98.0.3:8080]\n"},
+		{"headless", corev1.ServiceSpec{ClusterIP: "None", Ports: port}, nil, ""},
+		{"no address yet", corev1.ServiceSpec{Ports: port}, nil, ""},
+		{"external", corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ClusterIP: "10.97.0.1", Ports: port}, nil, ""},
+		{"bad port", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: []corev1.ServicePort{{Port: 70000}, {Port: 1, Protocol: "ICMP"}}}, nil, ""},
+		{"bad endpoints", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "nonsense", "fd98::1", "10.98.0.2"), slice("s", discoveryv1.AddressTypeFQDN, 8080, "10.98.0.3"), slice("s", v4, 0, "10.98.0.4")},
+			"tcp 10.97.0.1:80 -> [10.98.0.2:8080]\n"},
+		{"dual stack", corev1.ServiceSpec{ClusterIPs: []string{"10.97.0.1", "fd97::1"}, Ports: port},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.2"), slice("s", v6, 8080, "fd98::2")},
+			"tcp 10.97.0.1:80 -> [10.98.0.2:8080]\ntcp [fd97::1]:80 -> [[fd98::2]:8080]\n"},
+		{"protocols", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: []corev1.ServicePort{{Name: "s", Port: 3, Protocol: "SCTP"}, {Name: "u", Port: 2, Protocol: "UDP"}, {Name: "p", Port: 1}}},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.2")},
+			"tcp 10.97.0.1:1 -> [10.98.0.2:8080]\nudp 10.97.0.1:2 -> []\nsctp 10.97.0.1:3 -> []\n"},
+		{"affinity", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port, SessionAffinity: corev1.ServiceAffinityClientIP}, nil, "tcp 10.97.0.1:80 -> [] 3h0m0s\n"},
+		{"affinity timeout", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port, SessionAffinity: corev1.ServiceAffinityClientIP,
+			SessionAffinityConfig: &corev1.SessionAffinityConfig{ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: ptr(int32(60))}}}, nil, "tcp 10.97.0.1:80 -> [] 1m0s\n"},
+		{"local", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port, InternalTrafficPolicy: &local},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.2 @n1", "10.98.1.2 @n2", "10.98.2.2")},
+			"tcp 10.97.0.1:80 -> [10.98.0.2:8080]\n"},
+	} {
+		got := Render(Desired{Node: "n1", Services: []*corev1.Service{svc("s", c.svc)}, Slices: c.slices})
+		if text(got) != c.want {
+			t.Errorf("%s:\n%swant\n%s", c.name, text(got), c.want)
+		}
+	}
+}
+
+// TestConflict: two services claim one port.
+func TestConflict(t *testing.T) {
+	spec := corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: []corev1.ServicePort{{Name: "p", Port: 80}}}
+	a, b := svc("a", spec), svc("b", spec)
+	sl := []*discoveryv1.EndpointSlice{slice("a", discoveryv1.AddressTypeIPv4, 1, "10.98.0.1"), slice("b", discoveryv1.AddressTypeIPv4, 2, "10.98.0.2")}
+	for _, order := range [][]*corev1.Service{{a, b}, {b, a}} {
+		if got := text(Render(Desired{Services: order, Slices: sl})); got != "tcp 10.97.0.1:80 -> [10.98.0.1:1]\n" {
+			t.Error(got)
+		}
+	}
+}
+
+func TestSettings(t *testing.T) {
+	p := netip.MustParsePrefix
+	got := Render(Desired{
+		DNS:         netip.MustParseAddr("10.97.0.10"),
+		ServiceCIDR: []netip.Prefix{p("10.97.3.4/16"), p("10.97.1.0/24"), p("10.97.0.0/16"), {}},
+		ClusterCIDR: []netip.Prefix{p("fd98::/48"), p("10.98.0.0/16")},
+	})
+	if fmt.Sprint(got.Range, got.Cluster, got.Local) != "[10.97.0.0/16] [10.98.0.0/16 fd98::/48] [tcp 10.97.0.10:53 udp 10.97.0.10:53]" {
+		t.Error(got.Range, got.Cluster, got.Local)
+	}
+}
+
+// TestOrder: the table does not depend on the order of the objects, and is ordered.
+func TestOrder(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var d Desired
+		for i := range rapid.IntRange(0, 6).Draw(t, "services") {
+			name := fmt.Sprint("s", i)
+			ports := []corev1.ServicePort{{Name: "p", Port: rapid.Int32Range(1, 3).Draw(t, "port")}}
+			d.Services = append(d.Services, svc(name, corev1.ServiceSpec{ClusterIP: fmt.Sprint("10.97.0.", rapid.IntRange(1, 4).Draw(t, "ip")), Ports: ports}))
+			for range rapid.IntRange(0, 2).Draw(t, "slices") {
+				s := slice(name, discoveryv1.AddressTypeIPv4, 8080)
+				for range rapid.IntRange(0, 4).Draw(t, "endpoints") {
+					s.Endpoints = append(s.Endpoints, ep(fmt.Sprint("10.98.0.", rapid.IntRange(1, 5).Draw(t, "ep"))))
+				}
+				d.Slices = append(d.Slices, s)
+			}
+		}
+		a := Render(d)
+		shuffled := d
+		shuffled.Services = rapid.Permutation(d.Services).Draw(t, "services order")
+		shuffled.Slices = rapid.Permutation(d.Slices).Draw(t, "slices order")
+		if b := Render(shuffled); !a.Equal(b) {
+			t.Fatalf("%s\nin another order\n%s", text(a), text(b))
+		}
+		for i := 1; i < len(a.Services); i++ {
+			if a.Services[i-1].Compare(a.Services[i].Port) >= 0 {
+				t.Fatalf("not ordered:\n%s", text(a))
+			}
+		}
+		for _, s := range a.Services {
+			for i := 1; i < len(s.Endpoints); i++ {
+				if s.Endpoints[i-1].Compare(s.Endpoints[i]) >= 0 {
+					t.Fatalf("endpoints not ordered:\n%s", text(a))
+				}
+			}
+			if found, ok := a.Find(s.Port); !ok || !found.Equal(&s) {
+				t.Fatalf("%s is not found", s.Port)
+			}
+		}
+	})
+}
+
+func BenchmarkRender(b *testing.B) {
+	var d Desired
+	for i := range 30000 {
+		name := fmt.Sprint("s", i)
+		d.Services = append(d.Services, svc(name, corev1.ServiceSpec{ClusterIP: fmt.Sprintf("10.97.%d.%d", i/250, i%250), Ports: []corev1.ServicePort{{Name: "p", Port: 80}}}))
+		d.Slices = append(d.Slices, slice(name, discoveryv1.AddressTypeIPv4, 8080, "10.98.0.1", "10.98.0.2", "10.98.0.3"))
+	}
+	for b.Loop() {
+		Render(d)
+	}
+}

@@ -1,0 +1,157 @@
+package apiserver
+
+import (
+	corev1 "k8s.io/api/core/v1"
+
+	"decree.dev/decree/schemas/api"
+)
+
+// The verbs of authorization, as in Kubernetes. VerbReport is a node's report.
+const (
+	VerbGet    = "get"
+	VerbList   = "list"
+	VerbWatch  = "watch"
+	VerbCreate = "create"
+	VerbUpdate = "update"
+	VerbPatch  = "patch"
+	VerbDelete = "delete"
+	VerbReport = "report"
+)
+
+// nonResource is the resource of paths that are not about objects (discovery,
+// version, metrics, mounted handlers).
+const nonResource api.Resource = ""
+
+// Authorize decides whether who may do verb to the object, or to the whole
+// collection when name is empty. It is a pure function of its arguments.
+//
+// Admins may do everything. A node may read what its agent and network plane need,
+// pods and what they refer to only as far as they are bound to it, and report about
+// itself; lists and watches that it may begin are filtered by the same rules.
+// Everyone else may do nothing: roles come later.
+func Authorize(who Identity, verb string, resource api.Resource, namespace, name string, view api.Reader) bool {
+	return newScope(who, view).allows(verb, resource, namespace, name)
+}
+
+// scope answers many questions about one identity and one view: what the pods of a
+// node refer to is collected once, when it is first asked for.
+type scope struct {
+	who  Identity
+	node string // empty: not a node
+	view api.Reader
+	refs map[api.Key]bool
+}
+
+func newScope(who Identity, view api.Reader) *scope {
+	node, _ := who.Node()
+	return &scope{who: who, node: node, view: view}
+}
+
+func (s *scope) allows(verb string, resource api.Resource, namespace, name string) bool {
+	if s.who.Admin() {
+		return true
+	}
+	if s.node == "" {
+		return false
+	}
+	read := verb == VerbGet || verb == VerbList || verb == VerbWatch
+	switch resource {
+	case nonResource:
+		return verb == VerbGet
+	case api.Services, api.EndpointSlices, api.Namespaces:
+		return read
+	case api.Nodes:
+		return read || verb == VerbReport && name == s.node
+	case api.Pods, api.ConfigMaps, api.Secrets:
+		return read && (name == "" || s.sees(api.Key{Resource: resource, Namespace: namespace, Name: name}))
+	}
+	return false
+}
+
+// unfiltered reports whether a list of resource needs no look at its objects.
+func (s *scope) unfiltered(resource api.Resource) bool {
+	return s.who.Admin() || resource != api.Pods && resource != api.ConfigMaps && resource != api.Secrets
+}
+
+// sees reports whether the node may know the pod, config map or secret k.
+func (s *scope) sees(k api.Key) bool {
+	if k.Resource == api.Pods {
+		p, ok := api.Get[*corev1.Pod](s.view, k.Namespace, k.Name)
+		return ok && p.Spec.NodeName == s.node
+	}
+	if s.refs == nil {
+		s.refs = map[api.Key]bool{}
+		for p := range api.List[*corev1.Pod](s.view, "") {
+			if p.Spec.NodeName == s.node {
+				references(p, func(k api.Key) { s.refs[k] = true })
+			}
+		}
+	}
+	return s.refs[k]
+}
+
+// references calls see for every config map and secret that p refers to; one may be
+// reported several times.
+func references(p *corev1.Pod, see func(api.Key)) {
+	configMap := func(name string) {
+		see(api.Key{Resource: api.ConfigMaps, Namespace: p.Namespace, Name: name})
+	}
+	secret := func(name string) { see(api.Key{Resource: api.Secrets, Namespace: p.Namespace, Name: name}) }
+	for _, ref := range p.Spec.ImagePullSecrets {
+		secret(ref.Name)
+	}
+	for i := range p.Spec.Volumes {
+		volumeReferences(&p.Spec.Volumes[i], configMap, secret)
+	}
+	for _, list := range [][]corev1.Container{p.Spec.InitContainers, p.Spec.Containers} {
+		for i := range list {
+			envReferences(list[i].Env, list[i].EnvFrom, configMap, secret)
+		}
+	}
+	for i := range p.Spec.EphemeralContainers {
+		c := &p.Spec.EphemeralContainers[i]
+		envReferences(c.Env, c.EnvFrom, configMap, secret)
+	}
+}
+
+func volumeReferences(v *corev1.Volume, configMap, secret func(string)) {
+	if v.ConfigMap != nil {
+		configMap(v.ConfigMap.Name)
+	}
+	if v.Secret != nil {
+		secret(v.Secret.SecretName)
+	}
+	if v.Projected == nil {
+		return
+	}
+	for _, s := range v.Projected.Sources {
+		if s.ConfigMap != nil {
+			configMap(s.ConfigMap.Name)
+		}
+		if s.Secret != nil {
+			secret(s.Secret.Name)
+		}
+	}
+}
+
+func envReferences(env []corev1.EnvVar, from []corev1.EnvFromSource, configMap, secret func(string)) {
+	for _, e := range env {
+		if e.ValueFrom == nil {
+			continue
+		}
+		if r := e.ValueFrom.ConfigMapKeyRef; r != nil {
+			configMap(r.Name)
+		}
+		if r := e.ValueFrom.SecretKeyRef; r != nil {
+			secret(r.Name)
+		}
+	}
+	for _, e := range from {
+		if e.ConfigMapRef != nil {
+			configMap(e.ConfigMapRef.Name)
+		}
+		if e.SecretRef != nil {
+			secret(e.SecretRef.Name)
+		}
+	}
+}

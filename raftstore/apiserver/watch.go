@@ -1,0 +1,293 @@
+package apiserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/watch"
+
+	"decree.dev/decree/raftstore"
+	"decree.dev/decree/schemas/api"
+)
+
+// maxWatch bounds timeoutSeconds.
+const maxWatch = 24 * time.Hour
+
+// watchOptions are the query of a watch.
+type watchOptions struct {
+	after     uint64 // begin behind this revision
+	initial   bool   // begin with the objects that exist
+	marked    bool   // tell where the initial objects end
+	bookmarks bool
+	timeout   time.Duration
+}
+
+func (s *Server) parseWatch(q url.Values) (watchOptions, error) {
+	rv := q.Get("resourceVersion")
+	o := watchOptions{initial: rv == "" || rv == "0", bookmarks: q.Get("allowWatchBookmarks") == "true"}
+	var err error
+	if o.after, err = parseRevision(rv); err != nil {
+		return o, err
+	}
+	switch q.Get("sendInitialEvents") {
+	case "true":
+		o.initial, o.marked = true, true
+	case "false":
+		o.initial = false
+	}
+	seconds, err := strconv.ParseInt(orZero(q.Get("timeoutSeconds")), 10, 64)
+	if err != nil || seconds < 0 {
+		return o, apierrors.NewBadRequest("timeoutSeconds must be a number that is not negative")
+	}
+	o.timeout = min(time.Duration(min(seconds, int64(maxWatch/time.Second)))*time.Second, maxWatch)
+	if o.timeout == 0 {
+		o.timeout = s.cfg.WatchTime + rand.N(s.cfg.WatchTime) // so that not everybody comes back at once
+	}
+	return o, nil
+}
+
+// serveWatch streams changes until the client leaves, the time is up or the server
+// stops. Errors after the first byte are sent as events.
+func (s *Server) serveWatch(w http.ResponseWriter, r *http.Request, t target, who Identity) error {
+	f, err := negotiate(r)
+	if err != nil {
+		return err
+	}
+	q := r.URL.Query()
+	sel, err := newSelector(t, q)
+	if err != nil {
+		return err
+	}
+	opts, err := s.parseWatch(q)
+	if err != nil {
+		return err
+	}
+	if !s.watches.enter() {
+		return apierrors.NewTooManyRequests("too many watches are open", 10)
+	}
+	defer s.watches.leave()
+	ctx, cancel := context.WithTimeout(r.Context(), opts.timeout)
+	defer cancel()
+	out := &eventWriter{w: w, control: http.NewResponseController(w), kind: t.kind, format: f}
+	err = s.runWatch(ctx, out, sel, who, q, opts)
+	switch {
+	case err == nil || ctx.Err() != nil || out.broken:
+		return nil
+	case !out.begun:
+		return err
+	}
+	return nil
+}
+
+// runWatch sends the initial objects, if wanted, and then every change.
+func (s *Server) runWatch(ctx context.Context, out *eventWriter, sel *selector, who Identity, q url.Values, opts watchOptions) error {
+	allowed := newScope(who, s.cfg.Store.View())
+	filter := newWatchFilter(sel, allowed)
+	if filter.refs != nil && !opts.initial {
+		// Which objects the node could see at that revision is not known any more.
+		return out.fail(expired("a node's watch of " + string(sel.t.kind.Resource) + " cannot be resumed: begin with sendInitialEvents"))
+	}
+	if opts.initial {
+		view, err := s.readView(ctx, q)
+		if err != nil {
+			return err
+		}
+		opts.after = view.Revision()
+		filter.begin(view)
+		if err := out.sendInitial(view, filter, opts); err != nil {
+			return err
+		}
+	}
+	changes, err := s.cfg.Store.Watch(ctx, opts.after, filter.store())
+	if errors.Is(err, raftstore.ErrCompacted) {
+		return out.fail(expired(fmt.Sprintf("too old resource version: %d (current: %d)", opts.after, s.cfg.Store.View().Revision())))
+	}
+	if err != nil {
+		return fmt.Errorf("watch %s: %w", sel.t.kind.Resource, err)
+	}
+	if err := out.flush(); err != nil { // headers at once: the client knows it is watching
+		return err
+	}
+	return s.copyEvents(ctx, out, changes, filter, opts)
+}
+
+func (s *Server) copyEvents(ctx context.Context, out *eventWriter, changes *raftstore.Watch, filter *watchFilter, opts watchOptions) error {
+	for ctx.Err() == nil {
+		wait, cancel := context.WithTimeout(ctx, s.cfg.Bookmark)
+		events, err := changes.Next(wait)
+		cancel()
+		switch {
+		case errors.Is(err, raftstore.ErrCompacted):
+			return out.fail(expired("the client is too slow: its changes are not kept any more"))
+		case err != nil && wait.Err() != nil && ctx.Err() == nil:
+			if opts.bookmarks {
+				if err := out.bookmark(changes.Progress(), nil); err != nil {
+					return err
+				}
+			}
+			continue
+		case err != nil:
+			return err
+		}
+		for i := range events {
+			filter.apply(s.cfg.Store, &events[i], out.add)
+		}
+		if err := out.flushPending(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// watchFilter decides which events a client gets, and as what.
+type watchFilter struct {
+	sel  *selector
+	refs *podReferences
+}
+
+// newWatchFilter adds to the client's selector what its identity may see: a node's
+// pods by their field, its config maps and secrets by the references of its pods.
+func newWatchFilter(sel *selector, allowed *scope) *watchFilter {
+	f := &watchFilter{sel: sel}
+	switch {
+	case allowed.unfiltered(sel.t.kind.Resource):
+	case sel.t.kind.Resource == api.Pods:
+		sel.fields = append(sel.fields, requirement{value: sel.t.kind.Fields["spec.nodeName"], want: allowed.node, equal: true})
+	default:
+		f.refs = &podReferences{node: allowed.node, count: map[api.Key]int{}, shown: map[api.Key]uint64{}}
+	}
+	return f
+}
+
+// store is the part of the filter that the store can apply. What refers to what
+// changes with every pod, so that is decided later, in order of revision.
+func (f *watchFilter) store() raftstore.Filter {
+	if f.refs == nil {
+		return raftstore.Filter{Resource: f.sel.t.kind.Resource, Namespace: f.sel.t.namespace, Name: f.sel.exact, Match: f.sel.matches}
+	}
+	resource := f.sel.t.kind.Resource
+	return raftstore.Filter{Match: func(o api.Object) bool {
+		r := api.KindOf(o).Resource
+		return r == resource || r == api.Pods
+	}}
+}
+
+// begin learns what the pods in view refer to.
+func (f *watchFilter) begin(view api.Reader) {
+	if f.refs == nil {
+		return
+	}
+	for p := range api.List[*corev1.Pod](view, "") {
+		f.refs.change(nil, p)
+	}
+}
+
+func (f *watchFilter) matches(o api.Object) bool {
+	return f.sel.matches(o) && (f.refs == nil || f.refs.count[api.KeyOf(o)] > 0)
+}
+
+// apply turns a change into what the client must be told.
+func (f *watchFilter) apply(store Store, e *raftstore.Event, send func(watch.EventType, api.Object)) {
+	switch {
+	case f.refs == nil:
+		send(watch.EventType(e.Type.String()), e.Object)
+	case e.Key.Resource == api.Pods:
+		f.applyReferences(store, e, send)
+	case f.refs.count[e.Key] == 0 || e.Revision <= f.refs.shown[e.Key]:
+		// Not referred to, or older than what was shown when the reference came.
+	default:
+		f.applySelected(e, send)
+	}
+}
+
+// applySelected makes up for the selector, which the store was not given.
+func (f *watchFilter) applySelected(e *raftstore.Event, send func(watch.EventType, api.Object)) {
+	after := e.Type != raftstore.Deleted && f.sel.matches(e.Object)
+	before := e.Previous != nil && f.sel.matches(e.Previous)
+	switch {
+	case before && after:
+		send(watch.Modified, e.Object)
+	case after:
+		send(watch.Added, e.Object)
+	case before:
+		gone := api.Clone(e.Previous)
+		gone.SetResourceVersion(strconv.FormatUint(e.Revision, 10))
+		send(watch.Deleted, gone)
+	}
+}
+
+// applyReferences shows objects that a node's pods begin to refer to, and withdraws
+// those that none does any more.
+func (f *watchFilter) applyReferences(store Store, e *raftstore.Event, send func(watch.EventType, api.Object)) {
+	oldPod, _ := e.Previous.(*corev1.Pod)
+	newPod, _ := e.Object.(*corev1.Pod)
+	if e.Type == raftstore.Deleted {
+		newPod = nil
+	}
+	for key, now := range f.refs.change(oldPod, newPod) {
+		if key.Resource != f.sel.t.kind.Resource {
+			continue
+		}
+		if !now {
+			gone := f.sel.t.kind.New()
+			gone.SetNamespace(key.Namespace)
+			gone.SetName(key.Name)
+			gone.SetResourceVersion(strconv.FormatUint(e.Revision, 10))
+			delete(f.refs.shown, key)
+			send(watch.Deleted, gone)
+			continue
+		}
+		view := store.View()
+		if o, ok := view.Get(key); ok && f.sel.matches(o) {
+			f.refs.shown[key] = view.Revision()
+			send(watch.Added, o)
+		}
+	}
+}
+
+// podReferences counts which objects the pods of one node refer to.
+type podReferences struct {
+	node  string
+	count map[api.Key]int
+	shown map[api.Key]uint64 // the revision at which an object was shown out of turn
+}
+
+// change replaces a pod and returns the keys that became referred to (true) or
+// are not any more (false).
+func (r *podReferences) change(before, after *corev1.Pod) map[api.Key]bool {
+	changed := map[api.Key]bool{}
+	old, now := r.of(before), r.of(after)
+	for k := range now {
+		if !old[k] {
+			if r.count[k]++; r.count[k] == 1 {
+				changed[k] = true
+			}
+		}
+	}
+	for k := range old {
+		if !now[k] {
+			if r.count[k]--; r.count[k] == 0 {
+				delete(r.count, k)
+				changed[k] = false
+			}
+		}
+	}
+	return changed
+}
+
+func (r *podReferences) of(p *corev1.Pod) map[api.Key]bool {
+	if p == nil || p.Spec.NodeName != r.node {
+		return nil
+	}
+	keys := map[api.Key]bool{}
+	references(p, func(k api.Key) { keys[k] = true })
+	return keys
+}

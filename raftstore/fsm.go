@@ -1,0 +1,120 @@
+package raftstore
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/state"
+)
+
+// fsm applies committed entries, one after another, on raft's own goroutine. It
+// does nothing but decode, Reduce, swap the state and tell the hub.
+type fsm struct {
+	state   atomic.Pointer[state.State]
+	hub     *hub
+	metrics *metrics
+
+	fatal   atomic.Pointer[error]
+	stopped chan struct{} // closed with the first fatal error
+	settled chan struct{} // capacity 1: the cluster has settings since now
+	onFatal func(error)
+}
+
+var _ raft.FSM = (*fsm)(nil)
+
+func newFSM(h *hub, m *metrics, onFatal func(error)) *fsm {
+	f := &fsm{hub: h, metrics: m, stopped: make(chan struct{}), settled: make(chan struct{}, 1), onFatal: onFatal}
+	f.state.Store(state.New())
+	return f
+}
+
+// Apply implements raft.FSM. Its response is []command.Result, one for each
+// transaction of the entry, or the error that stopped the store.
+func (f *fsm) Apply(entry *raft.Log) any {
+	if fatal := f.fatal.Load(); fatal != nil {
+		return *fatal
+	}
+	start := time.Now()
+	txns, err := command.DecodeEntry(entry.Data)
+	if err != nil {
+		return f.fail(fmt.Errorf("%w: log entry %d of term %d cannot be applied, and must not be skipped: %w", ErrFatal, entry.Index, entry.Term, err))
+	}
+	next := f.state.Load()
+	results := make([]command.Result, len(txns))
+	batches := make([][]state.Event, 0, len(txns))
+	for i, t := range txns {
+		var events []state.Event
+		next, results[i], events = state.Reduce(next, entry.Index, t)
+		if len(events) > 0 {
+			batches = append(batches, events)
+		}
+		f.metrics.outcome(results[i])
+	}
+	f.hub.publish(next.Revision(), batches, func() { f.swap(next) })
+	f.metrics.applySeconds.Observe(time.Since(start).Seconds())
+	return results
+}
+
+// fail stops the store for good; of several errors the first counts.
+func (f *fsm) fail(err error) error {
+	if !f.fatal.CompareAndSwap(nil, &err) {
+		return *f.fatal.Load()
+	}
+	close(f.stopped)
+	f.onFatal(err)
+	return err
+}
+
+// Snapshot implements raft.FSM. The state is immutable, so there is nothing to copy.
+func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
+	if fatal := f.fatal.Load(); fatal != nil {
+		return nil, *fatal
+	}
+	return snapshot{f.state.Load()}, nil
+}
+
+// Restore implements raft.FSM.
+func (f *fsm) Restore(r io.ReadCloser) error {
+	defer r.Close()
+	s, err := state.Read(r)
+	if err != nil {
+		return err
+	}
+	f.hub.reset(s.Revision(), func() { f.swap(s) })
+	return nil
+}
+
+func (f *fsm) swap(next *state.State) {
+	before := f.state.Swap(next)
+	if before.Settings() == nil && next.Settings() != nil {
+		select {
+		case f.settled <- struct{}{}:
+		default:
+		}
+	}
+}
+
+type snapshot struct{ state *state.State }
+
+// Persist implements raft.FSMSnapshot.
+func (s snapshot) Persist(sink raft.SnapshotSink) error {
+	w := bufio.NewWriterSize(sink, 256<<10)
+	_, err := s.state.WriteTo(w)
+	if err == nil {
+		err = w.Flush()
+	}
+	if err != nil {
+		sink.Cancel()
+		return fmt.Errorf("write snapshot %s: %w", sink.ID(), err)
+	}
+	return sink.Close()
+}
+
+// Release implements raft.FSMSnapshot.
+func (s snapshot) Release() {}

@@ -1,0 +1,121 @@
+package raftstore
+
+import (
+	"context"
+	"io"
+	stdlog "log"
+	"log/slog"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// hclogger lets hashicorp/raft log to slog. Raft reports every ordinary step at
+// info level; here those are debug, so that what people see is worth reading.
+type hclogger struct {
+	log     *slog.Logger
+	name    string
+	implied []any
+}
+
+var _ hclog.Logger = (*hclogger)(nil)
+
+func newHclog(l *slog.Logger) hclog.Logger { return &hclogger{log: l.With("component", "raft")} }
+
+func slogLevel(l hclog.Level) slog.Level {
+	switch l {
+	case hclog.Trace:
+		return slog.LevelDebug - 4
+	case hclog.Debug, hclog.Info, hclog.NoLevel:
+		return slog.LevelDebug
+	case hclog.Warn:
+		return slog.LevelWarn
+	}
+	return slog.LevelError
+}
+
+// Log implements hclog.Logger.
+func (h *hclogger) Log(level hclog.Level, msg string, args ...any) {
+	if level == hclog.Off {
+		return
+	}
+	h.log.Log(context.Background(), slogLevel(level), msg, args...)
+}
+
+// Trace implements hclog.Logger.
+func (h *hclogger) Trace(msg string, args ...any) { h.Log(hclog.Trace, msg, args...) }
+
+// Debug implements hclog.Logger.
+func (h *hclogger) Debug(msg string, args ...any) { h.Log(hclog.Debug, msg, args...) }
+
+// Info implements hclog.Logger.
+func (h *hclogger) Info(msg string, args ...any) { h.Log(hclog.Info, msg, args...) }
+
+// Warn implements hclog.Logger.
+func (h *hclogger) Warn(msg string, args ...any) { h.Log(hclog.Warn, msg, args...) }
+
+// Error implements hclog.Logger.
+func (h *hclogger) Error(msg string, args ...any) { h.Log(hclog.Error, msg, args...) }
+
+func (h *hclogger) enabled(l hclog.Level) bool {
+	return h.log.Enabled(context.Background(), slogLevel(l))
+}
+
+// IsTrace implements hclog.Logger.
+func (h *hclogger) IsTrace() bool { return h.enabled(hclog.Trace) }
+
+// IsDebug implements hclog.Logger.
+func (h *hclogger) IsDebug() bool { return h.enabled(hclog.Debug) }
+
+// IsInfo implements hclog.Logger.
+func (h *hclogger) IsInfo() bool { return h.enabled(hclog.Info) }
+
+// IsWarn implements hclog.Logger.
+func (h *hclogger) IsWarn() bool { return h.enabled(hclog.Warn) }
+
+// IsError implements hclog.Logger.
+func (h *hclogger) IsError() bool { return h.enabled(hclog.Error) }
+
+// ImpliedArgs implements hclog.Logger.
+func (h *hclogger) ImpliedArgs() []any { return h.implied }
+
+// With implements hclog.Logger.
+func (h *hclogger) With(args ...any) hclog.Logger {
+	return &hclogger{log: h.log.With(args...), name: h.name, implied: append(h.implied[:len(h.implied):len(h.implied)], args...)}
+}
+
+// Name implements hclog.Logger.
+func (h *hclogger) Name() string { return h.name }
+
+// Named implements hclog.Logger.
+func (h *hclogger) Named(name string) hclog.Logger {
+	return h.ResetNamed(strings.TrimPrefix(h.name+"."+name, "."))
+}
+
+// ResetNamed implements hclog.Logger.
+func (h *hclogger) ResetNamed(name string) hclog.Logger {
+	return &hclogger{log: h.log, name: name, implied: h.implied}
+}
+
+// SetLevel implements hclog.Logger; slog's handler decides about levels.
+func (h *hclogger) SetLevel(hclog.Level) {}
+
+// GetLevel implements hclog.Logger.
+func (h *hclogger) GetLevel() hclog.Level {
+	for _, l := range []hclog.Level{hclog.Trace, hclog.Debug, hclog.Warn, hclog.Error} {
+		if h.enabled(l) {
+			return l
+		}
+	}
+	return hclog.Off
+}
+
+// StandardLogger implements hclog.Logger.
+func (h *hclogger) StandardLogger(o *hclog.StandardLoggerOptions) *stdlog.Logger {
+	return stdlog.New(h.StandardWriter(o), "", 0)
+}
+
+// StandardWriter implements hclog.Logger.
+func (h *hclogger) StandardWriter(*hclog.StandardLoggerOptions) io.Writer {
+	return slog.NewLogLogger(h.log.Handler(), slog.LevelDebug).Writer()
+}

@@ -1,0 +1,102 @@
+package raftstore
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+
+	"github.com/hashicorp/raft"
+
+	"decree.dev/decree/raftstore/command"
+)
+
+// lead follows who leads: a new leader catches up and, in a new cluster, proposes
+// the settings. It ends with the store.
+func (s *Store) lead() {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	s.running.Go(func() {
+		select {
+		case <-s.closing:
+		case <-s.fsm.stopped:
+			s.stopRaft()
+		}
+		cancel()
+	})
+	changes := make(chan raft.Observation, 16)
+	observer := raft.NewObserver(changes, false, func(o *raft.Observation) bool {
+		_, ok := o.Data.(raft.LeaderObservation)
+		return ok
+	})
+	s.raft.RegisterObserver(observer)
+	defer s.raft.DeregisterObserver(observer)
+	for {
+		if s.IsLeader() {
+			if err := s.establish(ctx); err != nil && ctx.Err() == nil {
+				s.log.Warn("taking the lead", "error", err)
+			}
+		}
+		if s.becomeReady() {
+			changes = nil
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-s.raft.LeaderCh():
+		case <-changes:
+		case <-s.fsm.settled:
+		}
+	}
+}
+
+// establish makes a new leader fit to serve.
+func (s *Store) establish(ctx context.Context) error {
+	if err := s.catchUp(ctx); err != nil {
+		return err
+	}
+	if s.View().Settings() != nil || s.cfg.Bootstrap == nil {
+		return nil
+	}
+	settings := *s.cfg.Bootstrap
+	if settings.ClusterID == "" {
+		settings.ClusterID = newClusterID()
+	}
+	result, err := s.Propose(ctx, command.Txn{Actor: "server/" + s.cfg.NodeID, Reason: "new cluster", Bootstrap: &settings})
+	if err != nil {
+		return fmt.Errorf("propose the settings of the new cluster: %w", err)
+	}
+	if err := result.Err(); err != nil {
+		return fmt.Errorf("settings of the new cluster: %w", err)
+	}
+	return nil
+}
+
+// becomeReady closes Ready when its conditions hold, and reports whether they did
+// once.
+func (s *Store) becomeReady() bool {
+	select {
+	case <-s.ready:
+		return true
+	default:
+	}
+	settings := s.View().Settings()
+	if id, _ := s.Leader(); id == "" || settings == nil || s.fsm.fatal.Load() != nil {
+		return false
+	}
+	if s.IsLeader() && s.readTerm.Load() != s.raft.CurrentTerm() {
+		return false
+	}
+	if err := s.identity.join(settings.ClusterID); err != nil {
+		s.fsm.fail(fmt.Errorf("%w: %w", ErrFatal, err))
+		return false
+	}
+	close(s.ready)
+	return true
+}
+
+func newClusterID() string {
+	var b [16]byte
+	rand.Read(b[:]) // never fails
+	return hex.EncodeToString(b[:])
+}

@@ -1,0 +1,338 @@
+package state_test
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"testing"
+	"testing/iotest"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"pgregory.net/rapid"
+
+	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/state"
+	"decree.dev/decree/schemas/api"
+)
+
+// drawTxn draws a transaction that is likely to hit something.
+func drawTxn(t *rapid.T, s *state.State) command.Txn {
+	tx := command.Txn{
+		Key:   rapid.SampledFrom([]string{"", "", "k1", "k2", "k3"}).Draw(t, "key"),
+		Time:  rapid.Int64Range(0, 1<<41).Draw(t, "time"),
+		Actor: "user/x",
+	}
+	source := ""
+	if rapid.IntRange(0, 3).Draw(t, "commit") == 0 {
+		source = rapid.SampledFrom([]string{"s0", "s1", "absent"}).Draw(t, "source")
+		parent := ""
+		if o, ok := api.Get[*api.Source](s, "", source); ok {
+			parent = o.Status.Applied
+		}
+		c := commit(source, parent, "c"+strconv.FormatUint(s.Revision(), 10))
+		if rapid.IntRange(0, 9).Draw(t, "refused") == 0 {
+			c.Commit.Revision.Spec.Result = api.RevisionRefused
+		}
+		tx.Commit = c.Commit
+	}
+	for range rapid.IntRange(0, 4).Draw(t, "n") {
+		tx.Mutations = append(tx.Mutations, drawMutation(t, s, source))
+	}
+	return tx
+}
+
+func drawMutation(t *rapid.T, s *state.State, source string) api.Mutation {
+	name := "n" + strconv.Itoa(rapid.IntRange(0, 5).Draw(t, "name"))
+	o := drawObject(t, name)
+	if source != "" && rapid.IntRange(0, 9).Draw(t, "origin") > 0 {
+		from(o, source)
+	}
+	m := mutation(api.Verb(rapid.IntRange(1, 4).Draw(t, "verb")), o)
+	if old, ok := s.Get(m.Key); ok && rapid.IntRange(0, 4).Draw(t, "precondition") == 0 {
+		m.UID = old.GetUID()
+		m.Revision, _ = strconv.ParseUint(old.GetResourceVersion(), 10, 64)
+	}
+	if rapid.IntRange(0, 4).Draw(t, "grace") == 0 {
+		m.Grace = new(int64)
+	}
+	return m
+}
+
+func drawObject(t *rapid.T, name string) api.Object {
+	value := rapid.SampledFrom([]string{"", "x", "y"}).Draw(t, "value")
+	switch rapid.IntRange(0, 5).Draw(t, "kind") {
+	case 0:
+		o := pod(name, rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "node"))
+		o.Status.Message = value
+		if value != "" {
+			yes := true
+			o.OwnerReferences = []metav1.OwnerReference{{Kind: "K", Name: value, UID: types.UID("uid-" + value), Controller: &yes}}
+		}
+		return o
+	case 1:
+		return service(name, ip(rapid.SampledFrom([]string{"", "", "None", "10.97.0.3", "10.97.0.5", "10.97.0.2"}).Draw(t, "ip")), func(s *corev1.Service) {
+			s.Spec.SessionAffinity = corev1.ServiceAffinity(value)
+			if rapid.IntRange(0, 5).Draw(t, "external") == 0 {
+				s.Spec.Type = corev1.ServiceTypeExternalName
+			}
+		})
+	case 2:
+		n := node(name)
+		n.Labels = map[string]string{"v": value}
+		return n
+	case 3:
+		o := sourceObject("s" + name[1:])
+		o.Spec.Path = value
+		return o
+	}
+	return configMap(name, value)
+}
+
+// TestReduceProperties runs random logs and checks, after every transaction, what
+// must hold whatever happens.
+func TestReduceProperties(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s, _, _ := state.Reduce(state.New(), 1, command.Txn{Bootstrap: bootstrap()})
+		log := []command.Txn{{Bootstrap: bootstrap()}}
+		steps := rapid.IntRange(1, 40).Draw(t, "steps")
+		half := s
+		for i := range steps {
+			tx := drawTxn(t, s)
+			log = append(log, tx)
+			next, r, events := state.Reduce(s, uint64(i+2), tx)
+			checkStep(t, s, next, r, events)
+			checkTables(t, next)
+			s = next
+			if i == steps/2 {
+				half = s
+			}
+		}
+		checkReplay(t, log, s)
+		checkRestored(t, half, s, log[steps/2+2:], uint64(steps/2+3))
+	})
+}
+
+// checkStep: a rejection changes nothing, revisions have no gap, and events are the
+// exact difference.
+func checkStep(t *rapid.T, before, after *state.State, r command.Result, events []state.Event) {
+	if r.Rejected != nil && (before != after || len(events) > 0 || before.Hash() != after.Hash()) {
+		t.Fatalf("rejected, but changed: %v", r.Rejected)
+	}
+	if after.Revision() != before.Revision()+uint64(len(events)) {
+		t.Fatalf("revision %d after %d and %d events", after.Revision(), before.Revision(), len(events))
+	}
+	objects := all(before)
+	for i, e := range events {
+		if e.Revision != before.Revision()+uint64(i)+1 {
+			t.Fatalf("event %d has revision %d after %d", i, e.Revision, before.Revision())
+		}
+		if objects[e.Key] != e.Old {
+			t.Fatalf("%s: the event's old object is not the stored one", e.Key)
+		}
+		delete(objects, e.Key)
+		if e.New != nil {
+			objects[e.Key] = e.New
+			if e.New.GetResourceVersion() != strconv.FormatUint(e.Revision, 10) {
+				t.Fatalf("%s has resourceVersion %s at revision %d", e.Key, e.New.GetResourceVersion(), e.Revision)
+			}
+		}
+	}
+	now := all(after)
+	if len(now) != len(objects) {
+		t.Fatalf("%d objects, by the events %d", len(now), len(objects))
+	}
+	for k, o := range now {
+		if objects[k] != o {
+			t.Fatalf("%s changed without an event", k)
+		}
+	}
+}
+
+func all(s *state.State) map[api.Key]api.Object {
+	m := make(map[api.Key]api.Object)
+	for _, k := range api.Kinds() {
+		for o := range s.List(k.Resource, "") {
+			m[api.KeyOf(o)] = o
+		}
+	}
+	return m
+}
+
+// checkTables: no address, range or identity is given twice, and the indexes agree
+// with the tables.
+func checkTables(t *rapid.T, s *state.State) {
+	taken := map[string]api.Key{}
+	once := func(what string, k api.Key) {
+		if other, twice := taken[what]; twice {
+			t.Fatalf("%s belongs to %s and %s", what, other, k)
+		}
+		taken[what] = k
+	}
+	counts := map[string]int64{}
+	for k, o := range all(s) {
+		once("uid "+string(o.GetUID()), k)
+		once("revision "+o.GetResourceVersion(), k)
+		counts[o.GetAnnotations()[api.AnnotationSource]]++
+		switch o := o.(type) {
+		case *corev1.Service:
+			if o.Spec.Type != corev1.ServiceTypeExternalName && o.Spec.ClusterIP == "" || o.Spec.ClusterIP == "10.97.0.2" {
+				t.Fatalf("%s has cluster IP %q", k, o.Spec.ClusterIP)
+			}
+			if o.Spec.ClusterIP != "" && o.Spec.ClusterIP != "None" {
+				once("address "+o.Spec.ClusterIP, k)
+			}
+		case *corev1.Node:
+			once("range "+o.Spec.PodCIDR, k)
+		}
+		if ref := metav1.GetControllerOf(o); ref != nil {
+			found := false
+			for owned := range s.Owned(ref.UID) {
+				found = found || owned == o
+			}
+			if !found {
+				t.Fatalf("%s is not among what %s owns", k, ref.UID)
+			}
+		}
+	}
+	for o := range api.List[*api.Source](s, "") {
+		if o.Status.Applied != "" && o.Status.AppliedAt == nil {
+			t.Fatalf("source %s has half a status", o.Name)
+		}
+	}
+}
+
+// checkReplay: the same log gives the same bytes, also through the encoding.
+func checkReplay(t *rapid.T, log []command.Txn, want *state.State) {
+	s := state.New()
+	for i, tx := range log {
+		data, err := command.EncodeTxn(&tx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		entry, err := command.EncodeEntry(data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		decoded, err := command.DecodeEntry(entry)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, _, _ = state.Reduce(s, uint64(i+1), decoded[0])
+	}
+	if s.Hash() != want.Hash() {
+		t.Fatal("the same log gave another state")
+	}
+}
+
+// checkRestored: a snapshot in the middle changes nothing about what follows.
+func checkRestored(t *rapid.T, half, want *state.State, rest []command.Txn, index uint64) {
+	s := reread(t, half)
+	if s.Hash() != half.Hash() || s.Revision() != half.Revision() || !s.Time().Equal(half.Time()) || s.Index() != half.Index() {
+		t.Fatal("a restored snapshot is another state")
+	}
+	for i, tx := range rest {
+		s, _, _ = state.Reduce(s, index+uint64(i), tx)
+	}
+	if s.Hash() != want.Hash() {
+		t.Fatal("after a restored snapshot the same log gave another state")
+	}
+	checkTables(t, s)
+}
+
+type failer interface{ Fatal(...any) }
+
+func reread(t failer, s *state.State) *state.State {
+	var buf bytes.Buffer
+	if n, err := s.WriteTo(&buf); err != nil || n != int64(buf.Len()) {
+		t.Fatal(n, err)
+	}
+	restored, err := state.Read(&buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return restored
+}
+
+func snapshotBytes(t *testing.T) []byte {
+	w := sources(t, "shop")
+	w.must(commit("shop", "", "c1", mutation(api.Create, from(service("s"), "shop"))))
+	keyed := txn(api.Create, node("n"), pod("p", "n"))
+	keyed.Key = "k"
+	w.must(keyed)
+	var buf bytes.Buffer
+	if _, err := w.s.WriteTo(&buf); err != nil {
+		t.Fatal(err)
+	}
+	return buf.Bytes()
+}
+
+func TestSnapshotRefusesDamage(t *testing.T) {
+	good := snapshotBytes(t)
+	if _, err := state.Read(bytes.NewReader(good)); err != nil {
+		t.Fatal(err)
+	}
+	for i := range good {
+		bad := bytes.Clone(good)
+		bad[i] ^= 0x40
+		if _, err := state.Read(bytes.NewReader(bad)); !errors.Is(err, state.ErrCorrupt) {
+			t.Fatalf("byte %d flipped: %v", i, err)
+		}
+		if _, err := state.Read(bytes.NewReader(good[:i])); !errors.Is(err, state.ErrCorrupt) {
+			t.Fatalf("cut at %d: %v", i, err)
+		}
+	}
+	if _, err := state.Read(bytes.NewReader(append(good, 0))); !errors.Is(err, state.ErrCorrupt) {
+		t.Fatalf("a byte too many: %v", err)
+	}
+	broken := errors.New("disk on fire")
+	if _, err := state.Read(io.MultiReader(bytes.NewReader(good[:50]), iotest.ErrReader(broken))); !errors.Is(err, broken) || errors.Is(err, state.ErrCorrupt) {
+		t.Fatalf("failing reader: %v", err)
+	}
+}
+
+func FuzzRead(f *testing.F) {
+	s, _, _ := state.Reduce(state.New(), 1, command.Txn{Bootstrap: bootstrap()})
+	s, _, _ = state.Reduce(s, 2, txn(api.Create, configMap("a", "1"), service("s")))
+	var buf bytes.Buffer
+	if _, err := s.WriteTo(&buf); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(buf.Bytes())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		s, err := state.Read(bytes.NewReader(data))
+		if err == nil && s.Hash() != reread(t, s).Hash() {
+			t.Fatal("not the same after another round")
+		}
+	})
+}
+
+func BenchmarkReduceCreatePod(b *testing.B) {
+	s, _, _ := state.Reduce(state.New(), 1, command.Txn{Bootstrap: bootstrap()})
+	b.ReportAllocs()
+	for i := range b.N {
+		tx := txn(api.Create, pod(fmt.Sprint("p", i), ""))
+		tx.Key = fmt.Sprint(i)
+		next, r, _ := state.Reduce(s, uint64(i), tx)
+		if r.Rejected != nil {
+			b.Fatal(r.Rejected)
+		}
+		s = next
+	}
+}
+
+func BenchmarkReduceBindPod(b *testing.B) {
+	s, _, _ := state.Reduce(state.New(), 1, command.Txn{Bootstrap: bootstrap()})
+	const pods = 10_000
+	for i := range pods {
+		s, _, _ = state.Reduce(s, 1, txn(api.Create, pod(fmt.Sprint("p", i), "")))
+	}
+	b.ReportAllocs()
+	b.ResetTimer()
+	for i := range b.N {
+		s, _, _ = state.Reduce(s, 1, txn(api.Update, pod(fmt.Sprint("p", i%pods), "n")))
+	}
+}

@@ -1,0 +1,21 @@
+package gitsource
+
+import (
+	"encoding/pem"
+	"io"
+	"math/rand/v2"
+)
+
+func encodePEM(w io.Writer, kind string, der []byte) {
+	if err := pem.Encode(w, &pem.Block{Type: kind, Bytes: der}); err != nil {
+		panic(err)
+	}
+}
+
+var pcg = rand.New(rand.NewPCG(1, 2))
+
+func random(p []byte) {
+	for i := range p {
+		p[i] = byte(pcg.Uint32())
+	}
+}
