@@ -40,6 +40,7 @@ type gate struct {
 	rejected map[string]int
 	batches  int // of changes until a watch is lost, 0 for never
 	lost     int
+	broken   bool // every watch is lost at once
 }
 
 func (g *gate) Propose(ctx context.Context, t command.Txn) (command.Result, error) {
@@ -57,6 +58,11 @@ func (g *gate) Propose(ctx context.Context, t command.Txn) (command.Result, erro
 func (g *gate) Changes(ctx context.Context, after uint64, f func([]control.Change)) error {
 	g.mu.Lock()
 	left := g.batches
+	if g.broken {
+		defer g.mu.Unlock()
+		g.lost++
+		return raftstore.ErrClosed
+	}
 	g.mu.Unlock()
 	if left == 0 {
 		return g.Store.Changes(ctx, after, f)
@@ -203,13 +209,17 @@ func (w *world) web() *appsv1.Deployment {
 	return d
 }
 
-func (w *world) node(name string) {
+func (w *world) node(name string, change ...func(*corev1.Node)) {
 	w.t.Helper()
 	room := corev1.ResourceList{corev1.ResourceCPU: resource.MustParse("100"), corev1.ResourceMemory: resource.MustParse("100Gi"), corev1.ResourcePods: resource.MustParse("1000")}
-	w.create(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{
+	n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Status: corev1.NodeStatus{
 		Capacity: room, Allocatable: room,
 		Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}},
-	}})
+	}}
+	for _, c := range change {
+		c(n)
+	}
+	w.create(n)
 	w.run("node "+name, func(ctx context.Context) error { return w.kubelet(ctx, name) })
 }
 
