@@ -2,6 +2,7 @@ package control_test
 
 import (
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -116,10 +117,10 @@ func TestRoom(t *testing.T) {
 	d := deployment(1)
 	d.Spec.Template.Spec.NodeSelector = map[string]string{"disk": "fast"}
 	w.create(d)
-	on := func(node string) func(api.Reader) bool {
+	on := func(name, node string) func(api.Reader) bool {
 		return func(r api.Reader) bool {
 			for p := range api.List[*corev1.Pod](r, "") {
-				if p.DeletionTimestamp == nil && p.Spec.NodeName == node && api.PodReady(p) {
+				if strings.HasPrefix(p.Name, name+"-") && p.DeletionTimestamp == nil && p.Spec.NodeName == node && api.PodReady(p) {
 					return true
 				}
 			}
@@ -139,7 +140,7 @@ func TestRoom(t *testing.T) {
 		n.Labels = map[string]string{"disk": "fast"}
 		n.Status.Allocatable[corev1.ResourcePods] = resource.MustParse("1")
 	})
-	w.soon("it runs on the new node", on("n2"))
+	w.soon("it runs on the new node", on("web", "n2"))
 	other := deployment(1)
 	other.Name, other.Spec.Template.Spec = "other", *d.Spec.Template.Spec.DeepCopy()
 	w.create(other)
@@ -153,12 +154,12 @@ func TestRoom(t *testing.T) {
 	})
 	w.quiet()
 	w.mutate(api.Mutation{Verb: api.Delete, Key: api.KeyOf(w.web())})
-	w.soon("the other has the place", on("n2"))
+	w.soon("the other has the place", on("other", "n2"))
 	n2, _ := api.Get[*corev1.Node](w.store.View(), "", "n2")
 	w.node("n3", func(n *corev1.Node) { n.Labels = map[string]string{"disk": "fast"} })
 	w.quiet()
 	w.mutate(api.Mutation{Verb: api.Delete, Key: api.KeyOf(n2)})
-	w.soon("it has moved", on("n3"))
+	w.soon("it has moved", on("other", "n3"))
 }
 
 func TestBindingLatency(t *testing.T) {
