@@ -144,7 +144,7 @@ func lock(data string) (release func(), err error) {
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("data folder %s: %w (pid %d)", data, ErrRunning, lockedBy(data))
+			return nil, fmt.Errorf("data folder %s: decree is %w (pid %d): decree down stops it, --data names another folder", data, ErrRunning, lockedBy(data))
 		}
 		return nil, err
 	}
