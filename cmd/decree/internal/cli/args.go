@@ -56,11 +56,11 @@ func targets(args []string) ([]target, error) {
 	return list, nil
 }
 
-// kindNamed finds a kind by plural, singular, short name, or plural with group.
+// kindNamed finds a kind by plural, singular or short name, and with its group.
 func kindNamed(word string) (*api.Kind, error) {
 	w := strings.ToLower(word)
 	for _, k := range api.Kinds() {
-		if w == k.Plural || w == k.Singular || w == string(k.Resource) || slices.Contains(k.ShortNames, w) {
+		if w == k.Plural || w == k.Singular || w == string(k.Resource) || w == singular(k) || slices.Contains(k.ShortNames, w) {
 			return k, nil
 		}
 	}

@@ -127,6 +127,7 @@ func strict(c *cobra.Command) {
 	if c.HasSubCommands() {
 		check = knownVerb
 		c.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+		c.DisableFlagsInUseLine, c.SuggestionsMinimumDistance = true, 2
 	}
 	c.Args = func(c *cobra.Command, args []string) error {
 		if check == nil {
