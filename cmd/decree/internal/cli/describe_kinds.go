@@ -67,7 +67,7 @@ func (w *sheet) service(s *corev1.Service, parts []*discoveryv1.EndpointSlice) {
 		if p.NodePort > 0 {
 			text += fmt.Sprintf(", node port %d", p.NodePort)
 		}
-		w.line("Port:", sentence(text, p.Name))
+		w.line("Port:", strings.TrimSpace(p.Name+" "+text))
 	}
 	var ready, other []string
 	for _, slice := range parts {
@@ -108,7 +108,7 @@ func (w *sheet) endpointSlice(s *discoveryv1.EndpointSlice) {
 			text += "/" + string(*p.Protocol)
 		}
 		if p.Name != nil {
-			text = sentence(text, *p.Name)
+			text = strings.TrimSpace(*p.Name + " " + text)
 		}
 		w.line("Port:", text)
 	}
@@ -142,8 +142,8 @@ func (w *sheet) node(n *corev1.Node, pods []*corev1.Pod, now time.Time) {
 	i := n.Status.NodeInfo
 	w.line("System:", sentence(i.OSImage, "Linux "+i.KernelVersion, i.Architecture))
 	w.line("Version:", sentence("decree "+i.KubeletVersion, i.ContainerRuntimeVersion))
-	w.line("Capacity:", quantities(n.Status.Capacity))
-	w.line("Allocatable:", quantities(n.Status.Allocatable))
+	w.line("Capacity:", orNone(quantities(n.Status.Capacity)))
+	w.line("Allocatable:", orNone(quantities(n.Status.Allocatable)))
 	requested := corev1.ResourceList{}
 	for _, p := range pods {
 		for _, c := range p.Spec.Containers {

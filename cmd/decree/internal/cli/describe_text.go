@@ -130,7 +130,7 @@ func conditionsOf[T any](list []T, as func(T) metav1.Condition) []metav1.Conditi
 // events lists what happened, oldest first.
 func (w *sheet) events(events []*corev1.Event, now time.Time) {
 	if len(events) == 0 {
-		w.line("Events:", "none in the last hour")
+		w.line("Events:  none in the last hour")
 		return
 	}
 	w.line("Events:")
