@@ -35,6 +35,11 @@ type Network interface {
 	// Attach connects the network namespace at path netns to the cluster and returns
 	// the pod's addresses, the primary one first.
 	Attach(ctx context.Context, pod *corev1.Pod, netns string) ([]netip.Addr, error)
+	// Withdraw returns once no service of this node sends new connections to the pod,
+	// and those just made have had time to be accepted. A pod behind no service is
+	// withdrawn at once. It waits for the control plane to take the pod out, and
+	// returns the cause when ctx ends first.
+	Withdraw(ctx context.Context, pod types.UID) error
 	// Detach undoes Attach; netns may be gone already.
 	Detach(ctx context.Context, pod types.UID, netns string) error
 	// Attached lists the pods that hold network resources, for garbage collection.
