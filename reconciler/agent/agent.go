@@ -23,7 +23,9 @@ type ControlPlane interface {
 	View() api.Reader
 	// Changed receives after the view has changed; it holds at most one signal.
 	Changed() <-chan struct{}
-	// Synced is closed once the view was loaded for the first time.
+	// Synced is closed once the view was loaded from the control plane: what it does
+	// not hold is then taken for removed. Until then it may be nil, or what an earlier
+	// process kept.
 	Synced() <-chan struct{}
 	// Report sends mutations (status of pods and of the node, events, removal of
 	// terminated pods). It returns one error per mutation, nil for the applied ones.
