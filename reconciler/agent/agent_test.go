@@ -227,6 +227,41 @@ func TestDeletion(t *testing.T) {
 	})
 }
 
+// TestWithdrawnBeforeTerm: services let go of a pod before its server is told to end,
+// and a service that does not let go costs a bounded part of the grace.
+func TestWithdrawnBeforeTerm(t *testing.T) {
+	scenario(t, func(t *testing.T) {
+		w := newWorld(t, makePod("polite"), makePod("stuck"))
+		w.run()
+		defer w.stop()
+		w.after(time.Second)
+		remove := func(name string) {
+			gone := api.Clone(w.plane.pod(name))
+			now, grace := metav1.Now(), int64(20)
+			gone.DeletionTimestamp, gone.DeletionGracePeriodSeconds = &now, &grace
+			w.plane.set(gone)
+		}
+		held := make(chan struct{})
+		w.network.held = held
+		remove("polite")
+		w.after(3 * time.Second)
+		if got := w.calls("Signal"); len(got) != 0 {
+			t.Errorf("while a service sends requests: %v", got)
+		}
+		close(held)
+		w.after(time.Second)
+		if got := w.calls("Signal"); len(got) != 1 || w.plane.pod("polite") != nil {
+			t.Errorf("withdrawn: %v", got)
+		}
+		w.network.held = make(chan struct{})
+		remove("stuck")
+		w.after(6 * time.Second)
+		if got := w.calls("Signal"); len(got) != 2 || w.plane.pod("stuck") != nil {
+			t.Errorf("never withdrawn: %v", got)
+		}
+	})
+}
+
 func TestReboot(t *testing.T) {
 	scenario(t, func(t *testing.T) {
 		pod := makePod("web")

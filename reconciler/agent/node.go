@@ -39,6 +39,7 @@ func (a *Agent) runNode(ctx context.Context) {
 	defer tick.Stop()
 	var reported *corev1.Node
 	lost := true
+	a.settle(ctx)
 	for {
 		since, err := a.obs.health()
 		_, list := a.obs.all()
@@ -64,6 +65,31 @@ func (a *Agent) runNode(ctx context.Context) {
 		}
 		if facts.runtime == "" && !lost {
 			facts.runtime = runtimeVersion(ctx, a.cfg.Runtime)
+		}
+	}
+}
+
+// settleTime is how long a new agent waits, at most, before it first says how its
+// node does.
+const settleTime = 3 * time.Second
+
+// settle waits until the runtime has answered, or not, and the view is there: a node
+// whose agent restarts is not to be taken for a broken one.
+func (a *Agent) settle(ctx context.Context) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	end := time.After(settleTime)
+	for {
+		_, err := a.obs.health()
+		if _, list := a.obs.all(); err != nil || list > 0 && a.isSynced() {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-end:
+			return
+		case <-tick.C:
 		}
 	}
 }

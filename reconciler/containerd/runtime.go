@@ -97,6 +97,7 @@ func New(cfg Config) (*Runtime, error) {
 	}
 	r.work.ctx = ctx
 	r.background(r.watch)
+	r.background(r.sweepShims)
 	return r, nil
 }
 
