@@ -35,6 +35,7 @@ func (r *Runtime) Purge(ctx context.Context) error {
 		}
 	}
 	add("containers", r.purgeContainers(ctx))
+	add("shims", r.purgeShims(ctx))
 	add("mounts", r.awaitUnmounts(ctx))
 	add("sandboxes", r.purgeSandboxes())
 	add("images", r.purgeImages(ctx))

@@ -97,6 +97,7 @@ func New(cfg Config) (*Runtime, error) {
 	}
 	r.work.ctx = ctx
 	r.background(r.watch)
+	r.background(r.sweepShims)
 	return r, nil
 }
 
@@ -201,6 +202,7 @@ type background struct {
 // wait returns once no goroutine is left; its context must have been cancelled.
 func (b *background) wait() {
 	b.mu.Lock() // no new one is being started
+	//lint:ignore SA2001 passing through the lock is the point
 	b.mu.Unlock()
 	b.group.Wait()
 }
