@@ -141,7 +141,8 @@ func New(cfg Config) (*Plane, error) {
 func (p *Plane) Close() error { return p.closer() }
 
 // Set makes the node's network what d asks for. It is idempotent, and does as much
-// as it can when part of it does not work; the error says which part.
+// as it can when part of it does not work; the error says which part, and the next
+// Set tries all of it again.
 func (p *Plane) Set(ctx context.Context, d Desired) error {
 	table := render.Render(d)
 	zone := dns.NewZone(d)

@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -94,7 +95,7 @@ func (n *node) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- n.plane.Run(ctx) }()
-	n.stop = func() {
+	n.stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-ended; !errors.Is(err, context.Canceled) {
 			n.t.Errorf("Run: %v", err)
@@ -102,7 +103,8 @@ func (n *node) start() {
 		if err := n.plane.Close(); err != nil {
 			n.t.Error(err)
 		}
-	}
+	})
+	n.t.Cleanup(n.stop)
 }
 
 func (n *node) set(d netplane.Desired) {
@@ -155,7 +157,8 @@ func ask(t *testing.T, netns, network, name string, qtype uint16) *dns.Msg {
 		// The server may be about to start listening.
 		for end := time.Now().Add(5 * time.Second); ; {
 			c := dns.Client{Net: network, Timeout: time.Second}
-			if m, _, err = c.Exchange(req, netip.AddrPortFrom(dnsIP, 53).String()); err == nil || time.Now().After(end) {
+			m, _, err = c.Exchange(req, netip.AddrPortFrom(dnsIP, 53).String())
+			if err == nil || time.Now().After(end) {
 				return err
 			}
 		}

@@ -199,7 +199,7 @@ func numbers(n int) string {
 // if they differ: a commit is all or nothing.
 func (c *crashWorld) state(t *testing.T) int {
 	t.Helper()
-	out, err := c.command("decree", "get", "configmaps", "-o", "json").Output()
+	out, err := c.command(filepath.Join(c.dir, "bin/decree"), "get", "configmaps", "-o", "json").Output()
 	if err != nil {
 		t.Fatalf("get configmaps: %v", err)
 	}

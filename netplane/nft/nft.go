@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"slices"
 	"sync"
 	"time"
@@ -39,16 +40,21 @@ const maxTransaction = 16000
 // maxIdleChains is how many balancers without a service are kept for the next one.
 const maxIdleChains = 64
 
+var errClosed = fmt.Errorf("service tables: %w", os.ErrClosed)
+
 // Services implements netplane.Services with nftables. All methods are safe for
 // concurrent use; they take turns.
 type Services struct {
 	name string
 	log  *slog.Logger
 
-	mu    sync.Mutex
-	conn  *nftables.Conn
-	wire  *wire
-	flows *netlink.Handle
+	mu sync.Mutex
+	// closed: the netlink library would go on with a socket of whatever network
+	// namespace its caller is in.
+	closed bool
+	conn   *nftables.Conn
+	wire   *wire
+	flows  *netlink.Handle
 	// known says that have and what follows is what the kernel holds.
 	known  bool
 	have   render.Table
@@ -83,6 +89,10 @@ func New(table string, log *slog.Logger) (*Services, error) {
 func (s *Services) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return nil
+	}
+	s.closed = true
 	s.flows.Close()
 	return errors.Join(s.conn.CloseLasting(), s.wire.close())
 }
@@ -95,6 +105,9 @@ func (s *Services) table(f *family) *nftables.Table {
 func (s *Services) Sync(ctx context.Context, want render.Table) (int, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return 0, errClosed
+	}
 	if s.known {
 		n, err := s.incremental(ctx, want)
 		if err == nil || ctx.Err() != nil {
@@ -110,6 +123,9 @@ func (s *Services) Read(ctx context.Context) (render.Table, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var t render.Table
+	if s.closed {
+		return t, errClosed
+	}
 	for _, f := range families {
 		if err := context.Cause(ctx); err != nil {
 			return t, err
@@ -134,6 +150,9 @@ func (s *Services) Read(ctx context.Context) (render.Table, error) {
 func (s *Services) Purge(ctx context.Context) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.closed {
+		return errClosed
+	}
 	s.known = false
 	for _, f := range families {
 		if err := context.Cause(ctx); err != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -131,3 +132,36 @@ func TestListed(t *testing.T) {
 }
 
 func only(p netip.Prefix) []netip.Prefix { return []netip.Prefix{p} }
+
+// TestClosed: after Close nothing is touched, in this namespace or another.
+func TestClosed(t *testing.T) {
+	ns := netspacetest.Namespace(t, "node")
+	err := netspace.Do(ns, func() error {
+		s, err := nft.New("", slog.New(slog.DiscardHandler))
+		if err != nil {
+			return err
+		}
+		if err := errors.Join(s.Close(), s.Close()); err != nil {
+			return err
+		}
+		_, err = s.Sync(t.Context(), manyServices(1))
+		_, rerr := s.Read(t.Context())
+		for _, err := range []error{err, rerr, s.Purge(t.Context())} {
+			if !errors.Is(err, os.ErrClosed) {
+				t.Errorf("after Close: %v", err)
+			}
+		}
+		c, err := nftables.New()
+		if err != nil {
+			return err
+		}
+		ts, err := c.ListTables()
+		if len(ts) > 0 {
+			t.Errorf("%d tables made after Close", len(ts))
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

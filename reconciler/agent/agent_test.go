@@ -291,3 +291,26 @@ func TestReboot(t *testing.T) {
 		}
 	})
 }
+
+// A heartbeat of a node of which nothing has changed is contact without content: it
+// must not become an entry of the log.
+func TestHeartbeatsSayNothing(t *testing.T) {
+	scenario(t, func(t *testing.T) {
+		w := newWorld(t, makePod("web"))
+		w.run()
+		defer w.stop()
+		w.after(15 * time.Second)
+		w.plane.mu.Lock()
+		reports, mutations := w.plane.reports, len(w.plane.history)
+		w.plane.mu.Unlock()
+		w.after(10 * time.Minute)
+		w.plane.mu.Lock()
+		defer w.plane.mu.Unlock()
+		if n := w.plane.reports - reports; n < 59 || n > 61 {
+			t.Errorf("%d reports in ten minutes, want one every 10 s", n)
+		}
+		for _, m := range w.plane.history[mutations:] {
+			t.Errorf("in ten quiet minutes: %s %s", m.Verb, m.Key)
+		}
+	})
+}

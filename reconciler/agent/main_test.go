@@ -33,6 +33,7 @@ type plane struct {
 	revision uint64
 	down     bool
 	history  []api.Mutation
+	reports  int
 }
 
 func newPlane(objects ...api.Object) *plane {
@@ -88,6 +89,7 @@ func (p *plane) Report(_ context.Context, ms []api.Mutation) ([]error, error) {
 	if p.down {
 		return nil, errors.New("no server answers")
 	}
+	p.reports++
 	errs := make([]error, len(ms))
 	for i, m := range ms {
 		errs[i] = p.apply(m)

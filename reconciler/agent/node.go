@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -36,8 +37,6 @@ func (a *Agent) runNode(ctx context.Context) {
 	}
 	tick := time.NewTicker(a.cfg.Heartbeat)
 	defer tick.Stop()
-	watch := time.NewTicker(min(a.cfg.Heartbeat, time.Second))
-	defer watch.Stop()
 	var reported *corev1.Node
 	lost := true
 	a.settle(ctx)
@@ -58,17 +57,11 @@ func (a *Agent) runNode(ctx context.Context) {
 			a.events.aboutNode(false, "NodeReady", "The agent runs and the container runtime answers")
 		}
 		lost = err != nil
-		for again := false; !again; {
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
-				again = true
-			case <-watch.C:
-				_, now := a.obs.health()
-				_, list := a.obs.all()
-				again = (now != nil || list == 0) != lost
-			}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-a.obs.turned:
 		}
 		if facts.runtime == "" && !lost {
 			facts.runtime = runtimeVersion(ctx, a.cfg.Runtime)
@@ -224,10 +217,23 @@ func (a *Agent) reportNode(f facts, last *corev1.Node, lost error, since time.Ti
 		})
 	case missing:
 		a.report.put(api.Mutation{Verb: api.Update, Key: key, Object: node}, refused)
+	case last != nil && sameStatus(have, node):
+		a.report.beat() // contact is all there is to say: nothing for the log
 	default:
 		a.report.put(api.Mutation{Verb: api.UpdateStatus, Key: key, Object: node}, refused)
 	}
 	return node
+}
+
+// sameStatus reports whether two nodes differ in the time of the heartbeat at most.
+func sameStatus(a, b *corev1.Node) bool {
+	a, b = api.Clone(a), api.Clone(b)
+	for _, n := range []*corev1.Node{a, b} {
+		for i := range n.Status.Conditions {
+			n.Status.Conditions[i].LastHeartbeatTime = metav1.Time{}
+		}
+	}
+	return equality.Semantic.DeepEqual(a.Status, b.Status)
 }
 
 func (a *Agent) nodeLabels() map[string]string {

@@ -202,6 +202,7 @@ type background struct {
 // wait returns once no goroutine is left; its context must have been cancelled.
 func (b *background) wait() {
 	b.mu.Lock() // no new one is being started
+	//lint:ignore SA2001 passing through the lock is the point
 	b.mu.Unlock()
 	b.group.Wait()
 }

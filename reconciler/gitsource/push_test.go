@@ -177,8 +177,8 @@ func TestConcurrentPushesOneWins(t *testing.T) {
 			t.Errorf("the loser is told:\n%s", r.out)
 		}
 	}
-	if won != 1 || len(b.recv.pushes) != 1 {
-		t.Errorf("%d pushes won, the receiver saw %d", won, len(b.recv.pushes))
+	if won != 1 || b.recv.seen() != 1 {
+		t.Errorf("%d pushes won, the receiver saw %d", won, b.recv.seen())
 	}
 }
 
@@ -221,7 +221,7 @@ func TestRolloutDoesNotBlockNextPush(t *testing.T) {
 			return err
 		}
 		p.InForce()
-		if len(b.recv.pushes) > 1 {
+		if b.recv.seen() > 1 {
 			return nil
 		}
 		close(stuck)
@@ -593,14 +593,16 @@ func TestLostObjectsComeBackByPush(t *testing.T) {
 	if err := b.server.Init(t.Context(), "shop"); err != nil {
 		t.Fatal(err)
 	}
-	b.http.Config.Handler = b.server
+	b.http.Close()
+	b.serve()
+	b.mustGit(work, "remote", "set-url", "origin", b.url)
 	out, err := b.git(work, "fetch", "origin")
 	if err == nil {
 		t.Errorf("fetched what is not there:\n%s", out)
 	}
 	b.mustGit(work, "push", "origin", "main")
 	b.mustGit(work, "fetch", "-q", "origin")
-	if len(b.recv.pushes) != 0 {
+	if b.recv.seen() != 0 {
 		t.Error("the receiver was asked about a commit that is in force")
 	}
 }

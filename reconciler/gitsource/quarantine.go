@@ -53,7 +53,12 @@ func removeQuarantines(repo string) error {
 }
 
 // remove deletes the quarantine. After release it only removes empty folders.
-func (q *quarantine) remove() error { return os.RemoveAll(q.dir) }
+func (q *quarantine) remove() error {
+	if own := q.reader(); own != nil {
+		own.refresh() // closes files
+	}
+	return os.RemoveAll(q.dir)
+}
 
 func (q *quarantine) read(h plumbing.Hash) (plumbing.ObjectType, []byte, error) {
 	if own := q.reader(); own != nil {
@@ -162,6 +167,7 @@ func (q *quarantine) release() error {
 		}
 	}
 	q.main.refresh()
+	q.own.refresh() // closes files
 	q.released = true
 	q.own = nil
 	return nil

@@ -207,7 +207,7 @@ func (p *push) run(ctx context.Context, body io.Reader) error {
 			return err
 		}
 	}
-	p.endBody()
+	p.endBody(body)
 	release, err := p.repo.acquire(ctx)
 	if err != nil {
 		p.failAll(err)
@@ -218,9 +218,10 @@ func (p *push) run(ctx context.Context, body io.Reader) error {
 	return nil
 }
 
-// endBody lifts the deadline on reading, which from now on only serves to notice
-// that the client is gone.
-func (c *call) endBody() {
+// endBody reads the end of the request, which is what makes the HTTP server notice
+// when the client goes away, and lifts the deadline on reading.
+func (c *call) endBody(body io.Reader) {
+	_, _ = io.Copy(io.Discard, io.LimitReader(body, 64<<10))
 	_ = http.NewResponseController(c.w).SetReadDeadline(time.Time{})
 }
 

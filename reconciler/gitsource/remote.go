@@ -126,7 +126,7 @@ func scpURL(s string) (*url.URL, bool) {
 		return nil, false
 	}
 	host, p, ok := strings.Cut(s, ":")
-	if !ok || p == "" || strings.Contains(host, "/") {
+	if !ok || p == "" || p[0] == ':' || strings.Contains(host, "/") {
 		return nil, false
 	}
 	u := &url.URL{Scheme: "ssh", Host: host, Path: p}

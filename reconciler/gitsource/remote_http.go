@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/go-git/go-git/v5/plumbing"
+	"github.com/go-git/go-git/v5/plumbing/format/pktline"
 	"github.com/go-git/go-git/v5/plumbing/protocol/packp"
 	"github.com/go-git/go-git/v5/plumbing/transport"
 	githttp "github.com/go-git/go-git/v5/plumbing/transport/http"
@@ -155,28 +156,44 @@ func (b *boundedBody) Close() error { return b.body.Close() }
 func (s *httpSession) references(ctx context.Context) (*packp.AdvRefs, error) {
 	adv, err := s.transport.AdvertisedReferencesContext(ctx)
 	if err != nil {
-		return nil, advertisementError(err)
+		return nil, advertisementError(httpError(err))
 	}
 	s.adv = adv
 	return adv, nil
+}
+
+// httpError makes the library's errors fit for people and for errors.Is: error
+// pages of servers are dropped, and a wrapper that hides its cause is opened.
+func httpError(err error) error {
+	var unexpected *plumbing.UnexpectedError
+	if errors.As(err, &unexpected) {
+		err = unexpected.Err
+	}
+	var status *githttp.Err
+	if errors.As(err, &status) {
+		return because(CauseUnreachable, fmt.Errorf("the server answered %s", status.Response.Status))
+	}
+	for _, plain := range []error{transport.ErrAuthenticationRequired, transport.ErrAuthorizationFailed, transport.ErrRepositoryNotFound} {
+		if errors.Is(err, plain) {
+			return plain
+		}
+	}
+	return err
 }
 
 // advertisementError tells an answer that is no list of references from a
 // connection that failed.
 func advertisementError(err error) error {
 	var data *packp.ErrUnexpectedData
-	var unexpected *plumbing.UnexpectedError
-	var status *githttp.Err
+	var line *pktline.ErrorLine
 	switch {
 	case errors.Is(err, transport.ErrEmptyRemoteRepository):
 		return because(CauseNotFound, errors.New("the repository is empty"))
-	case errors.As(err, &data), errors.Is(err, packp.ErrEmptyInput), errors.Is(err, packp.ErrEmptyAdvRefs), errors.Is(err, io.ErrUnexpectedEOF):
-		return because(CauseGarbage, fmt.Errorf("no list of references came: %w", err))
-	case errors.As(err, &unexpected) && errors.As(unexpected.Err, &status):
-		return because(CauseUnreachable, fmt.Errorf("the server answered %s", status.Response.Status))
-	}
-	if strings.Contains(err.Error(), "pkt-line") { // go-git has no type for these
-		return because(CauseGarbage, fmt.Errorf("no list of references came: %w", err))
+	case errors.As(err, &line):
+		return because(CauseNotFound, fmt.Errorf("the server says: %s", line.Text))
+	case errors.As(err, &data), errors.Is(err, packp.ErrEmptyInput), errors.Is(err, packp.ErrEmptyAdvRefs),
+		errors.Is(err, pktline.ErrInvalidPktLen), strings.Contains(err.Error(), "pkt-line"): // go-git has no type for the last
+		return because(CauseGarbage, errors.New("the server does not answer with a list of references; is this the address of a Git repository?"))
 	}
 	return err
 }
@@ -185,6 +202,12 @@ func (s *httpSession) pack(ctx context.Context, wants, haves []plumbing.Hash) (i
 	req := fetchRequestFor(s.adv, wants, haves)
 	resp, err := s.transport.UploadPack(ctx, req)
 	if err != nil {
+		err = httpError(err)
+		for _, text := range []string{"invalid pkt-len", "unexpected content", "malformed ACK"} {
+			if strings.Contains(err.Error(), text) { // go-git hides the cause here
+				return nil, because(CauseGarbage, err)
+			}
+		}
 		return nil, err
 	}
 	return packReader(req, resp), nil

@@ -68,6 +68,13 @@ func (f *fakeReceiver) Receive(ctx context.Context, p *Push, durable func() erro
 	return f.accept(p, durable)
 }
 
+// seen is how many pushes the receiver was asked about.
+func (f *fakeReceiver) seen() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.pushes)
+}
+
 func (f *fakeReceiver) accept(p *Push, durable func() error) error {
 	if err := durable(); err != nil {
 		return err
@@ -99,15 +106,21 @@ func newBench(t *testing.T, change ...func(*ServerConfig)) *bench {
 	if b.server, err = NewServer(cfg); err != nil {
 		t.Fatal(err)
 	}
+	b.serve()
+	return b
+}
+
+// serve puts the server on the network.
+func (b *bench) serve() {
+	b.t.Helper()
 	b.http = httptest.NewTLSServer(b.server)
-	t.Cleanup(b.http.Close)
+	b.t.Cleanup(b.http.Close)
 	b.url = b.http.URL + "/git/shop.git"
 	ca := filepath.Join(b.dir, "ca.pem")
 	if err := os.WriteFile(ca, certPEM(b.http.Certificate().Raw), 0o600); err != nil {
-		t.Fatal(err)
+		b.t.Fatal(err)
 	}
 	b.env = append(os.Environ(), "GIT_SSL_CAINFO="+ca)
-	return b
 }
 
 func (b *bench) seed(files fstest.MapFS) *Commit {

@@ -148,7 +148,7 @@ func (c *call) upload(body io.Reader) {
 	if req == nil {
 		return
 	}
-	c.endBody()
+	c.endBody(body)
 	if err := c.answerFetch(ctx, req); err != nil {
 		c.s.log.Info("fetch not served", "repository", c.repo.name, "identity", c.identity, "error", err)
 	}

@@ -128,6 +128,9 @@ func BenchmarkMany(b *testing.B) {
 	b.Run("worker, one package changed", func(b *testing.B) {
 		tree := manyPackages(n)
 		p := newProcess(b, compile.ProcessConfig{})
+		if _, err := p.Compile(b.Context(), tree, compile.Options{}); err != nil {
+			b.Fatal(err)
+		}
 		i, objects := 0, 0
 		for b.Loop() {
 			i++

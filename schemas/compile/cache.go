@@ -1,15 +1,17 @@
 package compile
 
 import (
+	"bytes"
 	"container/list"
 	"crypto/sha256"
 	"encoding/binary"
 	"path"
+	"strings"
 	"sync"
 )
 
 // cache remembers what folders mean. An entry holds the folders that its result depends
-// on (its import closure) and the hash of all CUE files in them: it is good for
+// on, or parts of them (its import closure), and the hash of all CUE files in them: it is good for
 // any tree in which that hash is the same. It is safe for concurrent use.
 type cache struct {
 	mu    sync.Mutex
@@ -84,26 +86,61 @@ func (c *cache) remove(el *list.Element) {
 	}
 }
 
-// hasher hashes the folders of one tree, each once.
+// hasher hashes the folders of one tree, each once. It is not safe for concurrent use.
 type hasher struct {
 	tree *tree
-	dirs map[string][sha256.Size]byte
+	dirs map[string][sha256.Size]byte // by dependency: a folder, or a part of one
 }
 
 func newHasher(t *tree) *hasher {
 	return &hasher{tree: t, dirs: map[string][sha256.Size]byte{}}
 }
 
-// sum hashes the CUE files of all these folders. A folder without any counts too: it may
-// have some later.
-func (h *hasher) sum(dirs []string) [sha256.Size]byte {
+// partOf is a dependency on those files of a folder that belong to one package.
+func partOf(dir, pkg string) string { return dir + "\x00" + pkg }
+
+// mayBeIn reports whether a file may belong to the package. It looks for the clause
+// anywhere, so it says yes too often but never no by mistake, and does not have to parse.
+func mayBeIn(data []byte, pkg string) bool {
+	if !bytes.Contains(data, []byte(pkg)) {
+		return false
+	}
+	for rest := data; ; {
+		i := bytes.Index(rest, []byte("package"))
+		if i < 0 {
+			return false
+		}
+		rest = rest[i+len("package"):]
+		name := rest
+		for len(name) > 0 {
+			if trimmed := bytes.TrimLeft(name, " \t\r\n"); len(trimmed) < len(name) {
+				name = trimmed
+			} else if bytes.HasPrefix(name, []byte("//")) {
+				_, name, _ = bytes.Cut(name, []byte("\n"))
+			} else {
+				break
+			}
+		}
+		if bytes.HasPrefix(name, []byte(pkg)) {
+			return true
+		}
+	}
+}
+
+// sum hashes the CUE files of all these folders and parts of folders. One without any
+// counts too: it may have some later.
+func (h *hasher) sum(deps []string) [sha256.Size]byte {
 	all := sha256.New()
-	for _, d := range dirs {
+	for _, d := range deps {
 		sum, ok := h.dirs[d]
 		if !ok {
 			one := sha256.New()
-			for _, base := range h.tree.dirs[d] {
-				data := h.tree.files[path.Join(d, base)]
+			dir, pkg, part := strings.Cut(d, "\x00")
+			for _, base := range h.tree.dirs[dir] {
+				data := h.tree.files[path.Join(dir, base)]
+				if part && !mayBeIn(data, pkg) {
+					continue
+				}
 				writeSized(one.Write, []byte(base))
 				writeSized(one.Write, data)
 			}

@@ -52,27 +52,36 @@ type packageResult struct {
 	raw     [][]byte // the objects as JSON, in a worker
 }
 
-// finish joins the results of packages: duplicates across packages are found here,
-// and one diagnostic anywhere means no objects.
+// written is an object and the package it is in.
+type written struct {
+	Object
+	pkg string
+}
+
+// finish joins the results of packages: duplicates are found here, and one diagnostic
+// anywhere means no objects. The same content twice is one object, as it is for CUE,
+// if it is in one package (all: [for d in deployments {d}]) or comes from the same
+// text.
 func finish(results []*packageResult, diags []api.Diagnostic, files int) *Result {
 	r := &Result{Files: files, Diagnostics: slices.Clone(diags)}
-	places := map[api.Key]Object{}
+	places := map[api.Key]written{}
 	for _, p := range results {
 		r.Diagnostics = append(r.Diagnostics, p.diags...)
 		for _, o := range p.objects {
 			key := api.KeyOf(o.Object)
-			if first, ok := places[key]; ok {
-				if first.origin == o.origin && equal(first.Object, o.Object) {
-					continue // the same text seen through two packages or two fields
-				}
-				r.Diagnostics = append(r.Diagnostics, api.Diagnostic{
-					Pos: o.Pos, Object: key.String(), Message: "the object is written twice",
-					Found: "also at " + first.Pos.String(), Hint: "remove one of them, or rename it",
-				})
+			first, ok := places[key]
+			if !ok {
+				places[key] = written{o, p.id}
+				r.Objects = append(r.Objects, o)
 				continue
 			}
-			places[key] = o
-			r.Objects = append(r.Objects, o)
+			if (first.pkg == p.id || first.origin == o.origin) && equal(first.Object.Object, o.Object) {
+				continue
+			}
+			r.Diagnostics = append(r.Diagnostics, api.Diagnostic{
+				Pos: o.Pos, Object: key.String(), Message: "the object is written twice",
+				Found: "also at " + first.Pos.String(), Hint: "remove one of them, or rename it",
+			})
 		}
 	}
 	r.Diagnostics = order(r.Diagnostics, "")
@@ -127,9 +136,14 @@ func (e *evaluator) evaluate(p *pkg) (r *packageResult) {
 		r.diags = order(e.explain.errors(inst.Err, ""), p.files[0])
 		return r
 	}
+	var lost []api.Position // objects whose errors are all elsewhere
 	w := &walker{e: e, visit: func(f found) []api.Diagnostic {
 		o, diags := e.object(f)
-		if len(diags) == 0 {
+		switch {
+		case len(diags) > 0:
+		case o.Object.Object == nil:
+			lost = append(lost, f.around)
+		default:
 			r.objects = append(r.objects, o.Object)
 			r.raw = append(r.raw, o.raw)
 		}
@@ -140,6 +154,13 @@ func (e *evaluator) evaluate(p *pkg) (r *packageResult) {
 	if err := v.Validate(); err != nil {
 		r.diags = append(r.diags, e.explain.rest(v, err, w.explained, r.diags)...)
 	}
+	if len(lost) > 0 && len(r.diags) == 0 {
+		r.diags = e.explain.elsewhere
+	}
+	if len(lost) > 0 && len(r.diags) == 0 {
+		r.diags = []api.Diagnostic{{Pos: lost[0], Message: "the object depends on a value in error"}}
+	}
+	e.explain.elsewhere = nil
 	r.diags = order(r.diags, p.files[0])
 	return r
 }

@@ -9,3 +9,6 @@ func (p *Process) AwaitWarm() {
 		_, _ = p.ready.out.r.Peek(9)
 	}
 }
+
+// Started is how many workers were started.
+func (p *Process) Started() int64 { return p.spawn.started.Load() }

@@ -88,7 +88,8 @@ type pkg struct {
 	dir   string
 	name  string   // package name; "" for a file without one
 	files []string // paths in the tree
-	// deps are the folders of the tree whose files the result depends on, ordered.
+	// deps are the folders of the tree whose files the result depends on, and the parts
+	// of folders (partOf), ordered.
 	deps []string
 }
 
@@ -276,8 +277,12 @@ func (l *loader) build(m *module, p *pkg, deps map[string]bool) *build.Instance 
 		return l.resolve(m, pos, importPath, deps)
 	})
 	inst.PkgName = p.name
+	deps[p.dir] = true
 	for d := p.dir; ; d = path.Dir(d) {
-		deps[d], deps[path.Join(d, "cue.mod")] = true, true
+		deps[path.Join(d, "cue.mod")] = true // its root may move here
+		if d != p.dir && p.name != "" {
+			deps[partOf(d, p.name)] = true
+		}
 		if d == m.root || d == "." {
 			break
 		}

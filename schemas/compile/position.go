@@ -31,7 +31,7 @@ func (x *explainer) leaves(v cue.Value) []leaf {
 			return
 		}
 		if _, path := v.ReferencePath(); len(path.Selectors()) > 0 {
-			target := cue.Dereference(v)
+			target := dereference(v)
 			if last := path.Selectors()[len(path.Selectors())-1]; last.IsDefinition() && isDefinition(target.Pos()) {
 				other = append(other, leaf{target, target.Pos()}) // taking it apart would evaluate it again
 				return
@@ -56,6 +56,17 @@ func (x *explainer) leaves(v cue.Value) []leaf {
 	}
 	follow(v, token.NoPos, 0)
 	return append(own, other...)
+}
+
+// dereference follows a reference. CUE panics on some values whose reference leads into a
+// comprehension; they stay as they are.
+func dereference(v cue.Value) (target cue.Value) {
+	defer func() {
+		if recover() != nil {
+			target = v
+		}
+	}()
+	return cue.Dereference(v)
 }
 
 // isUser reports whether a position is in a file of the tree.

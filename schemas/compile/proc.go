@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -33,8 +34,9 @@ var errTimeout = errors.New("the time limit of the evaluation has passed")
 // spawner starts children from one thread that lives until close: PDEATHSIG is about the
 // thread that forks, and Go's threads come and go.
 type spawner struct {
-	jobs chan func()
-	done chan struct{}
+	jobs    chan func()
+	done    chan struct{}
+	started atomic.Int64 // workers, for tests and measurements
 }
 
 func newSpawner() *spawner {
@@ -72,6 +74,7 @@ func (s *spawner) start(command []string) (*proc, error) {
 	}
 	started := make(chan error, 1)
 	s.jobs <- func() { started <- cmd.Start() }
+	s.started.Add(1)
 	if err := <-started; err != nil {
 		return nil, fmt.Errorf("start compile worker %s: %w", command[0], err)
 	}

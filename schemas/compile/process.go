@@ -38,6 +38,7 @@ type Process struct {
 	slots chan struct{}
 	spawn *spawner
 
+	done   chan struct{} // closed by Close
 	mu     sync.Mutex
 	closed bool
 	ready  *proc // started ahead, nil if none
@@ -70,6 +71,7 @@ func NewProcess(cfg ProcessConfig) (*Process, error) {
 	}
 	return &Process{
 		cfg: cfg, cache: newCache(cfg.Cache), slots: make(chan struct{}, cfg.Workers), spawn: newSpawner(),
+		done: make(chan struct{}),
 	}, nil
 }
 
@@ -82,6 +84,7 @@ func (p *Process) Close() error {
 		return nil
 	}
 	p.closed = true
+	close(p.done)
 	waiting := p.takeReady()
 	p.mu.Unlock()
 	if waiting != nil {
@@ -156,6 +159,8 @@ func (p *Process) evaluate(ctx context.Context, t *tree, opts Options, dirs []st
 	select {
 	case p.slots <- struct{}{}:
 		defer func() { <-p.slots }()
+	case <-p.done:
+		return nil, nil, ErrClosed
 	case <-ctx.Done():
 		return nil, nil, context.Cause(ctx)
 	}

@@ -133,7 +133,7 @@ func openRuntime(ctx context.Context, cfg *Config) (*containerd.Runtime, *contai
 	}
 	rt, err := containerd.New(containerd.Config{
 		Address: address, Dir: cfg.dir("runtime"), RunDir: filepath.Join(cfg.Run, "sandboxes"),
-		CgroupParent: cfg.cgroup(), Logger: cfg.Log.With("part", "runtime"),
+		Namespace: cfg.instance(), CgroupParent: "/" + cfg.instance(), Logger: cfg.Log.With("part", "runtime"),
 	})
 	return rt, sup, err
 }

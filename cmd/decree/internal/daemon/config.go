@@ -109,13 +109,13 @@ func (c *Config) complete() error {
 	return nil
 }
 
-// cgroup is the parent of all pods' cgroups; clusters with other data folders on the
-// same machine have others.
-func (c *Config) cgroup() string {
+// instance tells this cluster from others on the same machine, which have other data
+// folders. It names the containerd namespace and the parent of all pods' cgroups.
+func (c *Config) instance() string {
 	if c.Data == DefaultData {
-		return "/decree"
+		return "decree"
 	}
-	return fmt.Sprintf("/decree-%x", sha256.Sum256([]byte(c.Data)))[:16]
+	return fmt.Sprintf("decree-%x", sha256.Sum256([]byte(c.Data)))[:15]
 }
 
 // dir returns a folder below the data folder.
@@ -145,7 +145,7 @@ func lock(data string) (release func(), err error) {
 	if err := flock(f); err != nil {
 		f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("data folder %s: %w (pid %d)", data, ErrRunning, lockedBy(data))
+			return nil, fmt.Errorf("data folder %s: decree is %w (pid %d): decree down stops it, --data names another folder", data, ErrRunning, lockedBy(data))
 		}
 		return nil, err
 	}
