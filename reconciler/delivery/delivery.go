@@ -14,8 +14,6 @@ import (
 	"log/slog"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/reconciler/gitsource"
 	"decree.dev/decree/reconciler/plan"
@@ -29,15 +27,15 @@ type Store interface {
 	Read(ctx context.Context) (api.Reader, error)
 	// View returns the local view, which may be behind.
 	View() api.Reader
-	// Await blocks until the local view is newer than revision.
-	Await(ctx context.Context, revision uint64) error
+	// Await blocks until the local view has a change of r ("" is every kind) that is
+	// newer than revision. It may return earlier.
+	Await(ctx context.Context, revision uint64, r api.Resource) error
 	// Propose replicates a transaction; a rejection is in the result.
 	Propose(ctx context.Context, t command.Txn) (command.Result, error)
 }
 
-// Pipeline delivers commits. It is safe for concurrent use: the store refuses the
-// second of two deliveries that started from the same commit, and the loser plans
-// again.
+// Pipeline delivers commits. It is safe for concurrent use: a commit comes into
+// force only on top of the one it was checked to follow.
 type Pipeline struct {
 	Compiler compile.Compiler
 	Store    Store
@@ -48,9 +46,13 @@ type Pipeline struct {
 type Request struct {
 	Source string
 	Commit *gitsource.Commit
+	// Parent is the commit in force that Commit is known to follow, "" for none.
+	// When another one is in force, nothing changes and the error is ErrSuperseded:
+	// Commit may lack what that one brought.
+	Parent string
 	Pusher string // authenticated identity, for the built-in repository
-	// Durable, when not nil, is called after the plan is good and before the commit
-	// is proposed.
+	// Durable, when not nil, is called once after the plan is good and before the
+	// commit is proposed. If it fails, nothing changes.
 	Durable func() error
 }
 
@@ -58,9 +60,11 @@ type Request struct {
 type Outcome struct {
 	// Applied is true when the commit is in force now.
 	Applied bool
-	// Revision is the state's revision at which it came into force.
+	// Revision is the state's revision at which it is in force.
 	Revision uint64
-	// Plan is what the commit changes; empty when it did not compile.
+	// Generation is that of the Source whose spec the outcome is about.
+	Generation int64
+	// Plan is what the commit changes; empty when it was refused.
 	Plan plan.ChangeSet
 	// Diagnostics say why the commit was refused; none if it was applied.
 	Diagnostics []api.Diagnostic
@@ -70,72 +74,88 @@ type Outcome struct {
 
 // The reasons of a source's Ready condition.
 const (
-	ReasonApplied      = "Applied"
-	ReasonFetchError   = "FetchError"
-	ReasonRewound      = "Rewound"
-	ReasonCompileError = "CompileError"
-	ReasonPlanRefused  = "PlanRefused"
-	ReasonSuspended    = "Suspended"
+	ReasonApplied       = "Applied"
+	ReasonFetchError    = "FetchError"
+	ReasonRewound       = "Rewound"
+	ReasonCompileError  = "CompileError"
+	ReasonPlanRefused   = "PlanRefused"
+	ReasonDeliveryError = "DeliveryError" // the commit may be good, the machinery failed
+	ReasonSuspended     = "Suspended"
 )
 
-// maxPlans bounds how often a delivery plans anew because another commit of the
-// same source came into force in between.
-const maxPlans = 5
+// The errors that callers tell apart, with errors.Is.
+var (
+	// ErrNoSource: the cluster has no source of this name.
+	ErrNoSource = errors.New("no such source")
+	// ErrSuspended: the source is not followed at the moment.
+	ErrSuspended = errors.New("suspended")
+	// ErrSuperseded: another commit than Request.Parent is in force.
+	ErrSuperseded = errors.New("another commit came into force meanwhile")
+)
+
+// maxSteps bounds how often a delivery compiles or plans because what it depends
+// on has changed in between.
+const maxSteps = 8
 
 // DryRun says what bringing tree into force would do, without doing it.
 func (p *Pipeline) DryRun(ctx context.Context, source string, tree fs.FS) (*Outcome, error) {
-	view, err := p.Store.Read(ctx)
+	view, src, err := p.read(ctx, source)
 	if err != nil {
 		return nil, err
 	}
-	src, err := sourceOf(view, source)
-	if err != nil {
+	desired, diags, err := p.compile(ctx, src, tree)
+	switch {
+	case err != nil:
 		return nil, err
-	}
-	desired, out, err := p.compile(ctx, src, tree)
-	if err != nil || out != nil {
-		return out, err
+	case len(diags) > 0:
+		return &Outcome{Generation: src.Generation, Diagnostics: diags, Reason: ReasonCompileError}, nil
 	}
 	cs := plan.Plan(plan.Input{Source: src, Commit: "worktree", Desired: desired, Current: view})
-	return &Outcome{Plan: cs, Diagnostics: cs.Refusals, Reason: refusalReason(cs)}, nil
+	out := &Outcome{Generation: src.Generation, Plan: cs, Diagnostics: cs.Refusals}
+	if len(cs.Refusals) > 0 {
+		out.Reason = ReasonPlanRefused
+	}
+	return out, nil
 }
 
 // Deliver brings req.Commit into force, or says why not. The error is about the
-// machinery; everything wrong with the commit is in the outcome, and recorded as a
-// Refused Revision.
+// machinery, and about what else is in force; everything wrong with the commit is
+// in the outcome, and recorded as a Refused Revision (when recording it fails, both
+// are returned). A commit that is in force already and changes nothing is applied
+// without a trace.
 func (p *Pipeline) Deliver(ctx context.Context, req Request) (*Outcome, error) {
-	view, err := p.Store.Read(ctx)
-	if err != nil {
-		return nil, err
-	}
-	src, err := sourceOf(view, req.Source)
-	if err != nil {
-		return nil, err
-	}
-	desired, out, err := p.compile(ctx, src, req.Commit.Tree)
-	if err != nil {
-		return nil, err
-	}
-	if out != nil {
-		return out, p.refuse(ctx, req, src.Status.Applied, out)
-	}
-	for range maxPlans {
-		out, err = p.apply(ctx, req, desired)
+	d := &delivery{Pipeline: p, Request: req}
+	for range maxSteps {
+		out, err := d.step(ctx)
 		if err != nil || out != nil {
 			return out, err
 		}
 	}
-	return nil, fmt.Errorf("source %q: other commits kept coming into force while %.7s was planned: push again", req.Source, req.Commit.Hash)
+	last := errors.New("the source's spec changed")
+	if d.rejected != nil {
+		last = d.rejected
+	}
+	return nil, fmt.Errorf("source %q: the state kept changing while commit %.7s was planned; push again: %w", req.Source, req.Commit.Hash, last)
 }
 
-// compile evaluates the tree; a non-nil outcome is a refusal.
-func (p *Pipeline) compile(ctx context.Context, src *api.Source, tree fs.FS) ([]plan.Desired, *Outcome, error) {
+// read returns a linearizable view and the source in it.
+func (p *Pipeline) read(ctx context.Context, source string) (api.Reader, *api.Source, error) {
+	view, err := p.Store.Read(ctx)
+	if err != nil {
+		return nil, nil, fmt.Errorf("source %q: read the state: %w", source, err)
+	}
+	src, err := sourceOf(view, source)
+	return view, src, err
+}
+
+// compile evaluates the tree as the source's spec asks for.
+func (p *Pipeline) compile(ctx context.Context, src *api.Source, tree fs.FS) ([]plan.Desired, []api.Diagnostic, error) {
 	res, err := p.Compiler.Compile(ctx, tree, compile.Options{Path: src.Spec.Path})
 	if err != nil {
 		return nil, nil, fmt.Errorf("source %q: compile: %w", src.Name, err)
 	}
 	if len(res.Diagnostics) > 0 {
-		return nil, &Outcome{Diagnostics: res.Diagnostics, Reason: ReasonCompileError}, nil
+		return nil, res.Diagnostics, nil
 	}
 	desired := make([]plan.Desired, len(res.Objects))
 	for i, o := range res.Objects {
@@ -144,123 +164,25 @@ func (p *Pipeline) compile(ctx context.Context, src *api.Source, tree fs.FS) ([]
 	return desired, nil, nil
 }
 
-// apply plans against the newest state and proposes once. It returns nil, nil when
-// another commit came into force in between.
-func (p *Pipeline) apply(ctx context.Context, req Request, desired []plan.Desired) (*Outcome, error) {
-	view, err := p.Store.Read(ctx)
-	if err != nil {
-		return nil, err
-	}
-	src, err := sourceOf(view, req.Source)
-	if err != nil {
-		return nil, err
-	}
-	parent := src.Status.Applied
-	allow, err := plan.AllowDeletions(req.Commit.Message)
-	if err != nil {
-		out := &Outcome{Diagnostics: []api.Diagnostic{{Message: err.Error()}}, Reason: ReasonPlanRefused}
-		return out, p.refuse(ctx, req, parent, out)
-	}
-	cs := plan.Plan(plan.Input{Source: src, Commit: req.Commit.Hash, Desired: desired, Current: view, AllowDeletions: allow})
-	if len(cs.Refusals) > 0 {
-		out := &Outcome{Plan: cs, Diagnostics: cs.Refusals, Reason: ReasonPlanRefused}
-		return out, p.refuse(ctx, req, parent, out)
-	}
-	if req.Durable != nil {
-		if err := req.Durable(); err != nil {
-			return nil, fmt.Errorf("source %q: make commit %.7s durable: %w", req.Source, req.Commit.Hash, err)
-		}
-	}
-	rev := revision(req, parent, api.RevisionApplied)
-	rev.Spec.Changes = cs.Changes
-	res, err := p.Store.Propose(ctx, command.Txn{
-		Time:   time.Now().UnixMilli(),
-		Actor:  actor(req),
-		Reason: req.Commit.Subject,
-		Commit: &command.Commit{Source: req.Source, Parent: parent, Revision: rev},
-		// The plan must still hold when it is applied: each mutation carries the
-		// revision it was planned against.
-		Mutations: cs.Mutations,
-	})
-	switch {
-	case err != nil:
-		return nil, err
-	case res.Rejected == nil:
-		p.Log.Info("commit in force", "source", req.Source, "commit", req.Commit.Hash, "revision", res.Revision, "changes", len(cs.Changes))
-		return &Outcome{Applied: true, Revision: res.Revision, Plan: cs}, nil
-	case res.Rejected.Code == command.Conflict:
-		return nil, nil
-	}
-	out := &Outcome{Plan: cs, Reason: ReasonPlanRefused, Diagnostics: []api.Diagnostic{{
-		Object: objectName(res.Rejected.Key), Message: res.Rejected.Message,
-	}}}
-	return out, p.refuse(ctx, req, parent, out)
-}
-
-// refuse records a refused commit. It is kept short: the whole list of errors goes
-// to whoever asked.
-func (p *Pipeline) refuse(ctx context.Context, req Request, parent string, out *Outcome) error {
-	rev := revision(req, parent, api.RevisionRefused)
-	rev.Spec.Message = summary(out.Diagnostics)
-	p.Log.Info("commit refused", "source", req.Source, "commit", req.Commit.Hash, "reason", out.Reason, "errors", len(out.Diagnostics))
-	res, err := p.Store.Propose(ctx, command.Txn{
-		Time: time.Now().UnixMilli(), Actor: actor(req), Reason: out.Reason,
-		Commit: &command.Commit{Source: req.Source, Parent: parent, Revision: rev},
-	})
-	if err != nil {
-		return err
-	}
-	if res.Rejected != nil && res.Rejected.Code != command.Conflict {
-		return res.Rejected
-	}
-	return nil
-}
-
-// maxSummary bounds the diagnostics that are kept in a Revision, in lines.
-const maxSummary = 20
-
-func summary(ds []api.Diagnostic) string {
-	var s string
-	for i, d := range ds {
-		if i == maxSummary {
-			return s + fmt.Sprintf("… and %d more", len(ds)-i)
-		}
-		s += d.Error() + "\n"
-	}
-	return s
-}
-
-func revision(req Request, parent, result string) *api.Revision {
-	return &api.Revision{Spec: api.RevisionSpec{
-		Source: req.Source, Commit: req.Commit.Hash, Parent: parent, Author: req.Commit.Author,
-		Time: metav1.NewTime(req.Commit.Time.UTC().Truncate(time.Second)), Subject: req.Commit.Subject,
-		Pusher: req.Pusher, Signer: req.Commit.Signer, Result: result,
-	}}
-}
-
-func actor(req Request) string { return "git/" + req.Source }
-
-func refusalReason(cs plan.ChangeSet) string {
-	if len(cs.Refusals) > 0 {
-		return ReasonPlanRefused
-	}
-	return ""
-}
-
-func objectName(k api.Key) string {
-	if k.Name == "" {
-		return ""
-	}
-	return k.String()
-}
-
-// ErrNoSource is returned for a source that the cluster does not have.
-var ErrNoSource = errors.New("no such source")
-
 func sourceOf(r api.Reader, name string) (*api.Source, error) {
 	src, ok := api.Get[*api.Source](r, "", name)
 	if !ok {
 		return nil, fmt.Errorf("source %q: %w (decree source list shows them)", name, ErrNoSource)
 	}
 	return src, nil
+}
+
+// suspended returns an error matching ErrSuspended that says by whom, or nil.
+func suspended(src *api.Source) error {
+	switch s := src.Status.Suspended; {
+	case s != nil:
+		why := ""
+		if s.Reason != "" {
+			why = " (" + s.Reason + ")"
+		}
+		return fmt.Errorf("source %q is %w by %s since %s%s: decree source resume %s", src.Name, ErrSuspended, s.By, s.At.UTC().Format(time.RFC3339), why, src.Name)
+	case src.Spec.Suspend:
+		return fmt.Errorf("source %q is %w by its own spec: remove suspend where the Source is written", src.Name, ErrSuspended)
+	}
+	return nil
 }

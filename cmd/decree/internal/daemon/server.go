@@ -26,6 +26,7 @@ import (
 	"decree.dev/decree/reconciler/control"
 	"decree.dev/decree/reconciler/delivery"
 	"decree.dev/decree/reconciler/gitsource"
+	"decree.dev/decree/reconciler/replicated"
 	"decree.dev/decree/schemas/api"
 	"decree.dev/decree/schemas/compile"
 )
@@ -88,7 +89,7 @@ func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 	if s.compiler, err = NewCompiler(); err != nil {
 		return nil, err
 	}
-	s.pipeline = &delivery.Pipeline{Compiler: s.compiler, Store: store{s.store}, Log: cfg.Log.With("part", "delivery")}
+	s.pipeline = &delivery.Pipeline{Compiler: s.compiler, Store: replicated.Store{Store: s.store}, Log: cfg.Log.With("part", "delivery")}
 	if err := s.openGit(ctx); err != nil {
 		return nil, err
 	}
@@ -221,7 +222,7 @@ func (s *server) seed(ctx context.Context, folder string) error {
 // run serves until ctx ends or a part fails for good.
 func (s *server) run(ctx context.Context, start func(name string, f func(context.Context) error)) {
 	start("api", func(ctx context.Context) error { return s.api.Serve(ctx, s.listener) })
-	controllers := &control.Controllers{Store: store{s.store}, Contacts: contacts{s}, Log: s.cfg.Log.With("part", "control")}
+	controllers := &control.Controllers{Store: replicated.Store{Store: s.store}, Contacts: contacts{s}, Log: s.cfg.Log.With("part", "control")}
 	start("controllers", controllers.Run)
 	start("sources", s.follower.Run)
 	start("store", func(ctx context.Context) error {

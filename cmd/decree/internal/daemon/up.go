@@ -12,6 +12,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"decree.dev/decree/reconciler/delivery"
+	"decree.dev/decree/reconciler/replicated"
 	"decree.dev/decree/reconciler/workload"
 	"decree.dev/decree/schemas/api"
 )
@@ -96,7 +97,7 @@ func (g *group) wait() error {
 // greet says what to try, waits until everything in the repository is healthy, and
 // says so.
 func (s *server) greet(ctx context.Context, begun time.Time, out io.Writer) error {
-	p := &delivery.Pipeline{Store: store{s.store}}
+	p := &delivery.Pipeline{Store: replicated.Store{Store: s.store}}
 	fmt.Fprintf(out, "try in another terminal:\n  decree get pods\n  git clone decree://%s/%s repo\n  decree status\n", s.listener.Addr(), BuiltIn)
 	fmt.Fprintln(out, "Ctrl-C stops decree and leaves containers running; decree down stops them too")
 	for {
@@ -112,7 +113,7 @@ func (s *server) greet(ctx context.Context, begun time.Time, out io.Writer) erro
 			fmt.Fprintf(out, "healthy after %d ms: %d of %d deployments\n", time.Since(begun).Milliseconds(), ready, total)
 			return nil
 		}
-		if err := p.Store.Await(ctx, view.Revision()); err != nil {
+		if err := p.Store.Await(ctx, view.Revision(), ""); err != nil {
 			return err
 		}
 	}
