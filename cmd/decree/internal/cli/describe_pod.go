@@ -14,7 +14,7 @@ import (
 
 func (w *sheet) pod(p *corev1.Pod, now time.Time) {
 	w.line("Node:", orNone(p.Spec.NodeName))
-	status := string(p.Status.Phase)
+	status := string(phase(p))
 	if p.Status.Reason != "" {
 		status += " (" + p.Status.Reason + ")"
 	}

@@ -2,6 +2,7 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
+	"k8s.io/streaming/pkg/httpstream"
 
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/client"
@@ -40,6 +42,10 @@ func execCmd(e *env) *cobra.Command {
 				return err
 			}
 			code, err := e.exec(c.Context(), cl, pod, container, args[1:], stdin, tty)
+			var refused *httpstream.UpgradeFailureError
+			if errors.As(err, &refused) {
+				return refused.Cause // the server's own words
+			}
 			if err != nil {
 				return err
 			}

@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"strings"
@@ -103,7 +104,7 @@ func readStatus(ctx context.Context, c *client.Client) (*clusterStatus, error) {
 	}
 	s.Revision = revision
 	for _, p := range pods {
-		s.Pods[string(p.Status.Phase)]++
+		s.Pods[string(phase(p))]++
 		if why := podTrouble(p); why != "" {
 			s.Trouble = append(s.Trouble, fmt.Sprintf("%s: %s", api.KeyOf(p), why))
 		}
@@ -130,6 +131,9 @@ func statusOf(src *api.Source) sourceStatus {
 	}
 	return st
 }
+
+// phase is Pending until somebody has said anything about the pod.
+func phase(p *corev1.Pod) corev1.PodPhase { return cmp.Or(p.Status.Phase, corev1.PodPending) }
 
 // podTrouble says why a pod is not as it should be, "" if it is.
 func podTrouble(p *corev1.Pod) string {
