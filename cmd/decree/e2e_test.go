@@ -395,7 +395,7 @@ func (w *world) machine(t *testing.T) string {
 		{"sh", "-c", "cut -d' ' -f2 /proc/mounts | grep -F " + filepath.Base(w.dir) + " || true"},
 		{"sh", "-c", "find /sys/fs/cgroup -type d -name '" + w.cgroup() + "' | sort"},
 		{"sh", "-c", "ps -eo args | grep -F " + w.data + " | grep -v -e grep -e 'sh -c' || true"},
-		{"sh", "-c", "ip netns | cut -d' ' -f1 | sort"},
+		{"sh", "-c", "ip netns | cut -d' ' -f1 | grep -E 'cni|decree' | grep -v '^decree-e2e-' | sort"},
 	} {
 		out, err := w.command(args...).CombinedOutput()
 		if err != nil {
