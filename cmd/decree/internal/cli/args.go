@@ -38,6 +38,11 @@ func targets(args []string) ([]target, error) {
 		}
 		return list, nil
 	}
+	for _, name := range args[1:] {
+		if strings.Contains(name, "/") {
+			return nil, usageError{fmt.Errorf("%q: with KIND/NAME leave out %q before it", name, args[0])}
+		}
+	}
 	words := strings.Split(args[0], ",")
 	if len(words) > 1 && len(args) > 1 {
 		return nil, usageError{fmt.Errorf("names of which kind? write KIND/NAME, such as %s/%s", words[0], args[1])}

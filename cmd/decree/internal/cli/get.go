@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -81,12 +82,13 @@ func (g *getter) check(ts []target) error {
 		return err
 	}
 	named := len(ts[0].names) > 0
+	namespaced := slices.ContainsFunc(ts, func(t target) bool { return t.kind.Namespaced })
 	switch {
 	case g.watch && (len(ts) > 1 || len(ts[0].names) > 1):
 		return usageError{errors.New("--watch takes one kind and at most one name")}
 	case g.watch && g.output != "" && g.output != "wide":
 		return usageError{fmt.Errorf("--watch prints tables: leave out -o %s", g.output)}
-	case named && g.all:
+	case named && g.all && namespaced:
 		return usageError{errors.New("an object cannot be named across all namespaces: give its namespace with -n, not -A")}
 	case named && (g.labels != "" || g.field != ""):
 		return usageError{errors.New("names and selectors exclude each other")}
