@@ -105,14 +105,16 @@ func (d *draft) mayUpdate(m *api.Mutation, old, o api.Object) *command.Rejection
 }
 
 // keptFromGit reports whether the update of old to o leaves alone what comes from
-// Git: outside a commit, an object from there may only be bound to a node.
+// Git: outside a commit, an object from there may only be bound to a node. What bind
+// lets through of the status goes with that.
 func (d *draft) keptFromGit(old, o api.Object) bool {
 	if d.txn.Commit != nil || sourceOf(old) == "" {
 		return true
 	}
 	if p, ok := o.(*corev1.Pod); ok {
 		o = shallow(p)
-		o.(*corev1.Pod).Spec.NodeName = old.(*corev1.Pod).Spec.NodeName
+		same, was := o.(*corev1.Pod), old.(*corev1.Pod)
+		same.Spec.NodeName, same.Status = was.Spec.NodeName, was.Status
 	}
 	return equal(o, old)
 }
