@@ -38,6 +38,12 @@ func Garbage(now time.Time, r api.Reader) []api.Mutation {
 	return ms
 }
 
+// IsGarbage reports whether [Garbage] would deal with o, seen alone.
+func IsGarbage(now time.Time, r api.Reader, o api.Object) bool {
+	_, ok := garbage(now, r, o)
+	return ok
+}
+
 func garbage(now time.Time, r api.Reader, o api.Object) (api.Mutation, bool) {
 	if pod, ok := o.(*corev1.Pod); ok {
 		if m, ok := lostPod(now, r, pod); ok {
