@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -28,6 +29,10 @@ import (
 // should be.
 const DefaultReadBack = 30 * time.Second
 
+// DefaultLinger is the least time between the last new connection to a pod and the
+// pod's end: servers accept late under load, and other nodes learn a little later.
+const DefaultLinger = 200 * time.Millisecond
+
 // Config says where a node's network is. Only DataDir has to be set.
 type Config struct {
 	// DataDir is the folder of this package; Purge removes it.
@@ -48,6 +53,9 @@ type Config struct {
 	NetNS string
 	// ReadBack is the time between comparisons; zero: DefaultReadBack.
 	ReadBack time.Duration
+	// Linger is how long Withdraw goes on waiting once no service leads to the pod;
+	// zero: DefaultLinger.
+	Linger time.Duration
 	// Registerer takes the metrics; nil: they go nowhere.
 	Registerer prometheus.Registerer
 	// Log; nil: slog.Default.
@@ -64,6 +72,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.ReadBack == 0 {
 		c.ReadBack = DefaultReadBack
+	}
+	if c.Linger == 0 {
+		c.Linger = DefaultLinger
 	}
 	if c.Log == nil {
 		c.Log = slog.Default()
@@ -91,6 +102,11 @@ type Plane struct {
 
 	mu   sync.Mutex
 	want *render.Table // nil before the first Set
+	// targets are the pods that the table in force sends new connections to, released
+	// those that it ceased to within Linger. inForce is closed when another is in force.
+	targets  map[types.UID]bool
+	released map[types.UID]time.Time
+	inForce  chan struct{}
 	// address is where DNS shall listen; moved is signalled when it changes.
 	address netip.Addr
 	moved   chan struct{}
@@ -104,7 +120,7 @@ func New(cfg Config) (*Plane, error) {
 	}
 	p := &Plane{
 		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(),
-		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1),
+		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
 	}
 	err := netspace.Do(cfg.NetNS, func() error {
 		s, err := nft.New(cfg.Table, cfg.Log)
@@ -150,7 +166,52 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 		return fmt.Errorf("set network: %w", err)
 	}
 	p.want = &table
+	p.announce(render.Targets(d))
 	return nil
+}
+
+// announce notes which pods the table in force sends new connections to, and which
+// ones it just ceased to. The caller holds mu.
+func (p *Plane) announce(targets map[types.UID]bool) {
+	now := time.Now()
+	maps.DeleteFunc(p.released, func(_ types.UID, at time.Time) bool { return now.Sub(at) > p.cfg.Linger })
+	for uid := range p.targets {
+		if !targets[uid] {
+			p.released[uid] = now
+		}
+	}
+	p.targets = targets
+	close(p.inForce)
+	p.inForce = make(chan struct{})
+}
+
+// Withdraw waits until no service has sent new connections to the pod for
+// Config.Linger; not at all if none did. It returns the cause when ctx ends first.
+//
+// A pod that is being deleted is no longer ready, whatever its probes say. It may
+// stay in the table as the last resort of a service without any other endpoint;
+// waiting longer would not change that.
+func (p *Plane) Withdraw(ctx context.Context, pod types.UID) error {
+	ended := func() error { return fmt.Errorf("withdraw pod %s from services: %w", pod, context.Cause(ctx)) }
+	for {
+		p.mu.Lock()
+		known, target, next := p.targets != nil, p.targets[pod], p.inForce
+		linger := time.Until(p.released[pod].Add(p.cfg.Linger))
+		p.mu.Unlock()
+		var lingered <-chan time.Time
+		switch {
+		case known && !target && linger <= 0:
+			return nil
+		case known && !target:
+			lingered = time.After(linger)
+		}
+		select {
+		case <-ctx.Done():
+			return ended()
+		case <-next:
+		case <-lingered:
+		}
+	}
 }
 
 // prepare makes the node route, and service addresses local.

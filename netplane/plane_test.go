@@ -333,3 +333,42 @@ func (n *node) restart(t *testing.T, ns1, ns2 string, a1, a2 netip.Addr) {
 	alive("after")
 	ask(t, ns1, "udp", "echo.default.svc.cluster.local.", dns.TypeA)
 }
+
+// TestWithdraw: a pod is withdrawn once a table without it is in force, and not
+// before the linger is over; a pod that is in no table at once.
+func TestWithdraw(t *testing.T) {
+	n := newNode(t)
+	n.cfg.Linger = 50 * time.Millisecond
+	n.start()
+	defer n.stop()
+	a, b := netip.MustParseAddr("10.98.3.2"), netip.MustParseAddr("10.98.3.3")
+	d := desired(a, b)
+	for i, uid := range []types.UID{"a", "b"} {
+		d.Slices[0].Endpoints[i].TargetRef = &corev1.ObjectReference{Kind: "Pod", UID: uid}
+	}
+	n.set(d)
+	if err := n.plane.Withdraw(t.Context(), "other"); err != nil {
+		t.Error(err)
+	}
+	short, cancel := context.WithTimeout(t.Context(), 20*time.Millisecond)
+	defer cancel()
+	if err := n.plane.Withdraw(short, "a"); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("withdrawn while it is in the table: %v", err)
+	}
+	done := make(chan time.Time, 1)
+	go func() {
+		if err := n.plane.Withdraw(t.Context(), "a"); err != nil {
+			t.Error(err)
+		}
+		done <- time.Now()
+	}()
+	next := desired(a, b)
+	yes, no := true, false
+	next.Slices[0].Endpoints[0].TargetRef = d.Slices[0].Endpoints[0].TargetRef
+	next.Slices[0].Endpoints[0].Conditions = discoveryv1.EndpointConditions{Ready: &no, Serving: &yes, Terminating: &yes}
+	begun := time.Now()
+	n.set(next)
+	if took := (<-done).Sub(begun); took < n.cfg.Linger {
+		t.Errorf("withdrawn after %s, before the linger was over", took)
+	}
+}

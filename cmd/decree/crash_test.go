@@ -58,13 +58,16 @@ func TestCrash(t *testing.T) {
 			interrupted++
 		}
 		acked = got
+		if acked == 0 {
+			continue // nothing was ever accepted: there is no branch yet
+		}
 		c.git(t, c.repo, "fetch", "-q", "origin")
 		c.git(t, c.repo, "reset", "-q", "--hard", "origin/main")
 		data, err := os.ReadFile(filepath.Join(c.repo, "value.cue"))
-		if err != nil && acked > 0 {
+		if err != nil {
 			t.Fatal(err)
 		}
-		if want := fmt.Sprintf("value: \"%d\"", acked); acked > 0 && !strings.Contains(string(data), want) {
+		if want := fmt.Sprintf("value: \"%d\"", acked); !strings.Contains(string(data), want) {
 			t.Fatalf("Git and the store disagree: the branch holds %q, the store %s", data, want)
 		}
 	}

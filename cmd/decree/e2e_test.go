@@ -180,6 +180,7 @@ func newWorld(t *testing.T) *world {
 	}
 	sh(t, dir, "bin/decree", "image", "pack", "bin/hello", "--name", "decree.dev/hello:v1", "--output", "bin/images/hello.tar")
 	sh(t, root, "cp", "-r", "examples", dir)
+	w.ownProcessesOnly(t)
 	w.before = w.machine(t)
 
 	w.shell = w.command("bash")
@@ -199,11 +200,38 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
+// ownProcessesOnly puts a pidof before the machine's own that knows the processes of
+// this world's pods only: other clusters may run on the machine that tests.
+func (w *world) ownProcessesOnly(t *testing.T) {
+	t.Helper()
+	script := `#!/bin/sh
+one=; [ "$1" = -s ] && one=1 && shift
+found=
+for pid in $(/bin/pidof "$@"); do
+	grep -qF ` + w.cgroup() + ` /proc/$pid/cgroup && found="$found $pid" && [ -n "$one" ] && break
+done
+echo $found
+[ -n "$found" ]
+`
+	tools := filepath.Join(w.dir, "tools")
+	if err := os.Mkdir(tools, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(tools, "pidof"), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// cgroup is the name of the cgroup that holds the pods of this world.
+func (w *world) cgroup() string {
+	return fmt.Sprintf("decree-%x", sha256.Sum256([]byte(w.data)))[:15]
+}
+
 // command is a command inside the world's network namespace.
 func (w *world) command(args ...string) *exec.Cmd {
 	cmd := exec.Command("nsenter", append([]string{"--net=/run/netns/" + w.netns, "--"}, args...)...)
 	cmd.Dir = w.dir
-	cmd.Env = append(os.Environ(), "DECREE_DATA="+w.data, "HOME="+w.dir, "GIT_CONFIG_NOSYSTEM=1", "GIT_TERMINAL_PROMPT=0",
+	cmd.Env = append(os.Environ(), "DECREE_DATA="+w.data, "HOME="+w.dir, "PATH="+filepath.Join(w.dir, "tools")+":"+os.Getenv("PATH"), "GIT_CONFIG_NOSYSTEM=1", "GIT_TERMINAL_PROMPT=0",
 		"GIT_AUTHOR_NAME=Ada", "GIT_AUTHOR_EMAIL=ada@example.com", "GIT_COMMITTER_NAME=Ada", "GIT_COMMITTER_EMAIL=ada@example.com")
 	return cmd
 }
@@ -365,9 +393,9 @@ func (w *world) machine(t *testing.T) string {
 		{"nft", "list", "ruleset"},
 		{"sh", "-c", "sysctl -a 2>/dev/null | grep -E 'forward|bridge-nf|route_localnet' | grep -v mc_forward | sort"},
 		{"sh", "-c", "cut -d' ' -f2 /proc/mounts | grep -F " + filepath.Base(w.dir) + " || true"},
-		{"sh", "-c", "find /sys/fs/cgroup -type d -name '" + fmt.Sprintf("decree-%x", sha256.Sum256([]byte(w.data)))[:15] + "' | sort"},
+		{"sh", "-c", "find /sys/fs/cgroup -type d -name '" + w.cgroup() + "' | sort"},
 		{"sh", "-c", "ps -eo args | grep -F " + w.data + " | grep -v -e grep -e 'sh -c' || true"},
-		{"sh", "-c", "ip netns | cut -d' ' -f1 | sort"},
+		{"sh", "-c", "ip netns | cut -d' ' -f1 | grep -E 'cni|decree' | grep -v '^decree-e2e-' | sort"},
 	} {
 		out, err := w.command(args...).CombinedOutput()
 		if err != nil {

@@ -152,6 +152,7 @@ func parseConf(b []byte, isList bool) (*libcni.NetworkConfigList, error) {
 	if err != nil {
 		return nil, err
 	}
+	//lint:ignore SA1019 users still have single-plugin .conf files, which the CNI folder's rules let win
 	return libcni.ConfListFromConf(one)
 }
 

@@ -8,6 +8,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/types"
 )
 
 // defaultAffinity is what Kubernetes uses when ClientIP affinity names no timeout.
@@ -213,4 +214,20 @@ func slicePort(s *discoveryv1.EndpointSlice, port string, proto Proto) (uint16, 
 		}
 	}
 	return 0, false
+}
+
+// Targets returns the pods that d means to send new connections to: those behind
+// ready endpoints that are not about to end.
+func Targets(d Desired) map[types.UID]bool {
+	out := map[types.UID]bool{}
+	for _, s := range d.Slices {
+		for i := range s.Endpoints {
+			ep, c := &s.Endpoints[i], &s.Endpoints[i].Conditions
+			ready, ending := c.Ready == nil || *c.Ready, c.Terminating != nil && *c.Terminating
+			if ep.TargetRef != nil && ready && !ending {
+				out[ep.TargetRef.UID] = true
+			}
+		}
+	}
+	return out
 }

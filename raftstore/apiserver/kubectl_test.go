@@ -18,17 +18,20 @@ import (
 	"decree.dev/decree/schemas/api"
 )
 
-// kubectls are the kubectl binaries to test with: the one in PATH, and those in
-// DECREE_TEST_KUBECTL, separated like PATH.
+// kubectls are the kubectl binaries to test with: Debian's, which `task setup-test`
+// unpacks, and the one in PATH if there is one.
 func kubectls(t *testing.T) map[string]string {
 	t.Helper()
-	path, err := exec.LookPath("kubectl")
+	debian, err := filepath.Abs("../../bin/debian/usr/bin/kubectl")
 	if err != nil {
-		t.Fatalf("%v; run: go tool task setup", err)
+		t.Fatal(err)
 	}
-	found := map[string]string{"path": path}
-	for _, p := range filepath.SplitList(os.Getenv("DECREE_TEST_KUBECTL")) {
-		found[strings.ReplaceAll(p, "/", "_")] = p
+	found := map[string]string{"debian": debian}
+	if _, err := os.Stat(debian); err != nil {
+		t.Fatalf("%v; run: go tool task setup-test", err)
+	}
+	if path, err := exec.LookPath("kubectl"); err == nil {
+		found["path"] = path
 	}
 	return found
 }

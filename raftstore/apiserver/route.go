@@ -161,6 +161,8 @@ func (s *Server) serveSubresource(w http.ResponseWriter, r *http.Request, t targ
 		return s.serveLog(w, r, t)
 	case api.Pods + "/exec":
 		return s.serveExec(w, r, t)
+	case api.Pods + "/attach", api.Pods + "/portforward", api.Pods + "/proxy":
+		return notServed(t.kind.GroupVersion(), t.kind.Plural+"/"+t.subresource) // they change nothing: Git is not the answer
 	}
 	if t.kind.GroupVersionKind.Group == api.GroupVersion.Group {
 		return s.serveDecree(w, r, t, who)

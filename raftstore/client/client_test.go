@@ -393,6 +393,11 @@ func TestMirror(t *testing.T) {
 	default:
 		t.Error("not synced from the cache")
 	}
+	select {
+	case <-offline.Current():
+		t.Error("a cache counts as what the server says")
+	default:
+	}
 	if !has[*corev1.Pod]("third")(offline.View()) || has[*corev1.Pod]("first")(offline.View()) {
 		t.Error("the cache is wrong")
 	}
@@ -403,6 +408,11 @@ func TestMirror(t *testing.T) {
 	c.remove(newPod("third", "", ""))
 	c.up()
 	offline.until("no third", not(has[*corev1.Pod]("third")))
+	select {
+	case <-offline.Current():
+	case <-timeout(t).Done():
+		t.Error("never current")
+	}
 }
 
 func TestMirrorOwned(t *testing.T) {

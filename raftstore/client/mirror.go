@@ -61,10 +61,12 @@ type Mirror struct {
 	log     *slog.Logger
 	changed chan struct{}
 	synced  chan struct{}
+	current chan struct{}
 	view    atomic.Pointer[mirrorView]
 
 	mu        sync.Mutex // orders the writers of view, and guards what follows
 	loaded    map[api.Resource]bool
+	confirmed map[api.Resource]bool // loaded from a server, by this process
 	revisions map[api.Resource]uint64
 	dirty     map[api.Resource]bool // not in the cache yet
 	save      chan struct{}         // holds one signal: dirty is not empty
@@ -78,8 +80,8 @@ func NewMirror(cfg MirrorConfig) (*Mirror, error) {
 	}
 	m := &Mirror{
 		cfg: cfg, log: cfg.Log,
-		changed: make(chan struct{}, 1), synced: make(chan struct{}), save: make(chan struct{}, 1),
-		loaded: map[api.Resource]bool{}, revisions: map[api.Resource]uint64{}, dirty: map[api.Resource]bool{},
+		changed: make(chan struct{}, 1), synced: make(chan struct{}), current: make(chan struct{}), save: make(chan struct{}, 1),
+		loaded: map[api.Resource]bool{}, confirmed: map[api.Resource]bool{}, revisions: map[api.Resource]uint64{}, dirty: map[api.Resource]bool{},
 	}
 	if m.log == nil {
 		m.log = slog.Default()
@@ -110,8 +112,14 @@ func (m *Mirror) View() api.Reader { return m.view.Load() }
 // Changed receives after the view has changed; it holds at most one signal.
 func (m *Mirror) Changed() <-chan struct{} { return m.changed }
 
-// Synced is closed once every resource was loaded, from a server or the cache.
+// Synced is closed once every resource was loaded, from a server or the cache. What
+// the cache holds may be long out of date: it is enough to go on with what is
+// running, and no reason to remove anything. See [Mirror.Current].
 func (m *Mirror) Synced() <-chan struct{} { return m.synced }
+
+// Current is closed once every resource was loaded from a server: what is not in the
+// view does not exist, or did not a moment ago.
+func (m *Mirror) Current() <-chan struct{} { return m.current }
 
 // Report sends what the node has to say; see [Client.Report].
 func (m *Mirror) Report(ctx context.Context, ms []api.Mutation) ([]error, error) {
@@ -195,6 +203,7 @@ func (m *Mirror) watchOnce(ctx context.Context, s Selection, after uint64) (uint
 			return after, err
 		case initial && e.Type == watch.Bookmark && e.Initial:
 			m.replace(s.Resource, staged, e.Revision)
+			m.confirm(s.Resource)
 			initial, staged = false, nil
 		case initial:
 			staged = append(staged, e.Object)
@@ -259,6 +268,20 @@ func (m *Mirror) replace(r api.Resource, objects []api.Object, revision uint64) 
 	}
 	if first && len(m.loaded) == len(m.cfg.Select) {
 		close(m.synced)
+	}
+}
+
+// confirm notes that a server has told all there is of a resource.
+func (m *Mirror) confirm(r api.Resource) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.confirmed[r] {
+		return
+	}
+	m.confirmed[r] = true
+	if len(m.confirmed) == len(m.cfg.Select) {
+		close(m.current)
+		signal(m.changed) // who waited for it looks at the view again
 	}
 }
 

@@ -111,7 +111,15 @@ func TestPodFromGit(t *testing.T) {
 	changed := from(pod("p", "n1"), "shop")
 	changed.Spec.Containers[0].Image = "other"
 	w.refuse(command.Forbidden, txn(api.Update, changed), "comes from git")
-	w.must(txn(api.Update, from(pod("p", "n1"), "shop"))) // bound
+	if p := fetch[*corev1.Pod](w, "default", "p"); p.Status.Phase != corev1.PodPending {
+		t.Errorf("a new pod is in phase %q", p.Status.Phase)
+	}
+	bound := from(pod("p", "n1"), "shop")
+	bound.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionTrue}}
+	w.must(txn(api.Update, bound))
+	if c := api.PodCondition(fetch[*corev1.Pod](w, "default", "p"), corev1.PodScheduled); c == nil || c.Status != corev1.ConditionTrue {
+		t.Errorf("a bound pod has the condition %v", c)
+	}
 	running := pod("p", "")
 	running.Status.Phase = corev1.PodRunning
 	w.must(txn(api.UpdateStatus, running))

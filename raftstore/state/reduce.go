@@ -141,6 +141,9 @@ func (d *draft) create(m *api.Mutation, kind *api.Kind) *command.Rejection {
 		return rejection
 	}
 	o := shallow(m.Object)
+	if p, ok := o.(*corev1.Pod); ok && p.Status.Phase == "" {
+		p.Status.Phase = corev1.PodPending // until its node says more
+	}
 	if rejection := d.place(m.Key, nil, o); rejection != nil {
 		return rejection
 	}

@@ -113,6 +113,7 @@ func (d *draft) keptFromGit(old, o api.Object) bool {
 	if p, ok := o.(*corev1.Pod); ok {
 		o = shallow(p)
 		o.(*corev1.Pod).Spec.NodeName = old.(*corev1.Pod).Spec.NodeName
+		o.(*corev1.Pod).Status = old.(*corev1.Pod).Status // not from Git: bind adds PodScheduled
 	}
 	return equal(o, old)
 }

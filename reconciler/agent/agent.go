@@ -23,7 +23,9 @@ type ControlPlane interface {
 	View() api.Reader
 	// Changed receives after the view has changed; it holds at most one signal.
 	Changed() <-chan struct{}
-	// Synced is closed once the view was loaded for the first time.
+	// Synced is closed once the view was loaded from the control plane: what it does
+	// not hold is then taken for removed. Until then it may be nil, or what an earlier
+	// process kept.
 	Synced() <-chan struct{}
 	// Report sends mutations (status of pods and of the node, events, removal of
 	// terminated pods). It returns one error per mutation, nil for the applied ones.
@@ -35,6 +37,11 @@ type Network interface {
 	// Attach connects the network namespace at path netns to the cluster and returns
 	// the pod's addresses, the primary one first.
 	Attach(ctx context.Context, pod *corev1.Pod, netns string) ([]netip.Addr, error)
+	// Withdraw returns once no service of this node sends new connections to the pod,
+	// and those just made have had time to be accepted. A pod behind no service is
+	// withdrawn at once. It waits for the control plane to take the pod out, and
+	// returns the cause when ctx ends first.
+	Withdraw(ctx context.Context, pod types.UID) error
 	// Detach undoes Attach; netns may be gone already.
 	Detach(ctx context.Context, pod types.UID, netns string) error
 	// Attached lists the pods that hold network resources, for garbage collection.

@@ -227,6 +227,41 @@ func TestDeletion(t *testing.T) {
 	})
 }
 
+// TestWithdrawnBeforeTerm: services let go of a pod before its server is told to end,
+// and a service that does not let go costs a bounded part of the grace.
+func TestWithdrawnBeforeTerm(t *testing.T) {
+	scenario(t, func(t *testing.T) {
+		w := newWorld(t, makePod("polite"), makePod("stuck"))
+		w.run()
+		defer w.stop()
+		w.after(time.Second)
+		remove := func(name string) {
+			gone := api.Clone(w.plane.pod(name))
+			now, grace := metav1.Now(), int64(20)
+			gone.DeletionTimestamp, gone.DeletionGracePeriodSeconds = &now, &grace
+			w.plane.set(gone)
+		}
+		held := make(chan struct{})
+		w.network.held = held
+		remove("polite")
+		w.after(3 * time.Second)
+		if got := w.calls("Signal"); len(got) != 0 {
+			t.Errorf("while a service sends requests: %v", got)
+		}
+		close(held)
+		w.after(time.Second)
+		if got := w.calls("Signal"); len(got) != 1 || w.plane.pod("polite") != nil {
+			t.Errorf("withdrawn: %v", got)
+		}
+		w.network.held = make(chan struct{})
+		remove("stuck")
+		w.after(6 * time.Second)
+		if got := w.calls("Signal"); len(got) != 2 || w.plane.pod("stuck") != nil {
+			t.Errorf("never withdrawn: %v", got)
+		}
+	})
+}
+
 func TestReboot(t *testing.T) {
 	scenario(t, func(t *testing.T) {
 		pod := makePod("web")
@@ -253,6 +288,29 @@ func TestReboot(t *testing.T) {
 		}
 		if !ready(w.plane.pod("web")) {
 			t.Errorf("not ready: %+v", w.plane.pod("web").Status)
+		}
+	})
+}
+
+// A heartbeat of a node of which nothing has changed is contact without content: it
+// must not become an entry of the log.
+func TestHeartbeatsSayNothing(t *testing.T) {
+	scenario(t, func(t *testing.T) {
+		w := newWorld(t, makePod("web"))
+		w.run()
+		defer w.stop()
+		w.after(15 * time.Second)
+		w.plane.mu.Lock()
+		reports, mutations := w.plane.reports, len(w.plane.history)
+		w.plane.mu.Unlock()
+		w.after(10 * time.Minute)
+		w.plane.mu.Lock()
+		defer w.plane.mu.Unlock()
+		if n := w.plane.reports - reports; n < 59 || n > 61 {
+			t.Errorf("%d reports in ten minutes, want one every 10 s", n)
+		}
+		for _, m := range w.plane.history[mutations:] {
+			t.Errorf("in ten quiet minutes: %s %s", m.Verb, m.Key)
 		}
 	})
 }

@@ -80,6 +80,8 @@ func (j *job) do(ctx context.Context) stepResult {
 		return j.bounded(ctx, hookTimeout, func(ctx context.Context) error { return j.hook(ctx, true) })
 	case PreStop:
 		return j.bounded(ctx, j.step.Grace, func(ctx context.Context) error { return j.hook(ctx, false) })
+	case Withdraw:
+		return j.bounded(ctx, j.step.Grace, func(ctx context.Context) error { return j.agent.cfg.Network.Withdraw(ctx, j.pod.UID) })
 	case Terminate:
 		return j.signal(ctx, j.stopSignal())
 	case Kill:

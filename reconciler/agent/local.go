@@ -46,6 +46,8 @@ type LocalState struct {
 
 	// StopSince is when the stop of the whole pod began.
 	StopSince time.Time
+	// Withdrawn: services no longer send new connections to the pod.
+	Withdrawn bool
 	// Removed: the control plane no longer has the pod. Draining: the node stops.
 	Removed, Draining bool
 	// Cleaned: folder and mounts are gone. GoneReported: the control plane knows.
@@ -154,6 +156,8 @@ func (l *LocalState) done(r stepResult, now time.Time) {
 		l.Streaks[r.id] = s.Streak
 	case PostStart:
 		l.PostStarted[s.ID] = true
+	case Withdraw:
+		l.Withdrawn = true
 	case PreStop:
 		stop.PreStopped = true
 		l.Stops[s.ID] = stop
@@ -179,6 +183,9 @@ func (l *LocalState) failed(key RetryKey, r stepResult, now time.Time) {
 	case PostStart: // a failed hook kills the container, as in Kubernetes
 		l.PostStarted[r.step.ID] = true
 		l.Unhealthy[r.step.ID] = Verdict{Reason: "its post-start hook did not succeed: " + oneLine(r.err.Error())}
+		return
+	case Withdraw: // services that cannot be told do not hold up the stop
+		l.Withdrawn = true
 		return
 	case PreStop: // a failed hook does not hold up the stop
 		stop.PreStopped = true

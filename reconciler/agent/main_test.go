@@ -33,6 +33,7 @@ type plane struct {
 	revision uint64
 	down     bool
 	history  []api.Mutation
+	reports  int
 }
 
 func newPlane(objects ...api.Object) *plane {
@@ -88,6 +89,7 @@ func (p *plane) Report(_ context.Context, ms []api.Mutation) ([]error, error) {
 	if p.down {
 		return nil, errors.New("no server answers")
 	}
+	p.reports++
 	errs := make([]error, len(ms))
 	for i, m := range ms {
 		errs[i] = p.apply(m)
@@ -167,6 +169,22 @@ type network struct {
 	attached map[types.UID]netip.Addr
 	last     byte
 	fail     error
+	held     chan struct{} // not nil: services go on using pods until it is closed
+}
+
+func (n *network) Withdraw(ctx context.Context, _ types.UID) error {
+	n.mu.Lock()
+	held := n.held
+	n.mu.Unlock()
+	if held == nil {
+		return nil
+	}
+	select {
+	case <-held:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 func (n *network) Attach(_ context.Context, pod *corev1.Pod, _ string) ([]netip.Addr, error) {

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -36,10 +37,9 @@ func (a *Agent) runNode(ctx context.Context) {
 	}
 	tick := time.NewTicker(a.cfg.Heartbeat)
 	defer tick.Stop()
-	watch := time.NewTicker(min(a.cfg.Heartbeat, time.Second))
-	defer watch.Stop()
 	var reported *corev1.Node
 	lost := true
+	a.settle(ctx)
 	for {
 		since, err := a.obs.health()
 		_, list := a.obs.all()
@@ -57,20 +57,39 @@ func (a *Agent) runNode(ctx context.Context) {
 			a.events.aboutNode(false, "NodeReady", "The agent runs and the container runtime answers")
 		}
 		lost = err != nil
-		for again := false; !again; {
-			select {
-			case <-ctx.Done():
-				return
-			case <-tick.C:
-				again = true
-			case <-watch.C:
-				_, now := a.obs.health()
-				_, list := a.obs.all()
-				again = (now != nil || list == 0) != lost
-			}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		case <-a.obs.turned:
 		}
 		if facts.runtime == "" && !lost {
 			facts.runtime = runtimeVersion(ctx, a.cfg.Runtime)
+		}
+	}
+}
+
+// settleTime is how long a new agent waits, at most, before it first says how its
+// node does.
+const settleTime = 3 * time.Second
+
+// settle waits until the runtime has answered, or not, and the view is there: a node
+// whose agent restarts is not to be taken for a broken one.
+func (a *Agent) settle(ctx context.Context) {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	end := time.After(settleTime)
+	for {
+		_, err := a.obs.health()
+		if _, list := a.obs.all(); err != nil || list > 0 && a.isSynced() {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-end:
+			return
+		case <-tick.C:
 		}
 	}
 }
@@ -198,10 +217,23 @@ func (a *Agent) reportNode(f facts, last *corev1.Node, lost error, since time.Ti
 		})
 	case missing:
 		a.report.put(api.Mutation{Verb: api.Update, Key: key, Object: node}, refused)
+	case last != nil && sameStatus(have, node):
+		a.report.beat() // contact is all there is to say: nothing for the log
 	default:
 		a.report.put(api.Mutation{Verb: api.UpdateStatus, Key: key, Object: node}, refused)
 	}
 	return node
+}
+
+// sameStatus reports whether two nodes differ in the time of the heartbeat at most.
+func sameStatus(a, b *corev1.Node) bool {
+	a, b = api.Clone(a), api.Clone(b)
+	for _, n := range []*corev1.Node{a, b} {
+		for i := range n.Status.Conditions {
+			n.Status.Conditions[i].LastHeartbeatTime = metav1.Time{}
+		}
+	}
+	return equality.Semantic.DeepEqual(a.Status, b.Status)
 }
 
 func (a *Agent) nodeLabels() map[string]string {

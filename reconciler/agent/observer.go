@@ -24,6 +24,8 @@ type observer struct {
 	// the list before.
 	changed func([]types.UID)
 	ask     chan struct{}
+	// turned receives when the runtime is lost or found; it holds one signal.
+	turned chan struct{}
 
 	mu       sync.Mutex
 	begun    uint64 // number of the last list begun
@@ -35,7 +37,7 @@ type observer struct {
 }
 
 func newObserver(r Runtime, changed func([]types.UID)) *observer {
-	return &observer{runtime: r, changed: changed, ask: make(chan struct{}, 1), pods: map[types.UID]*Sandbox{}, waiting: map[types.UID]uint64{}}
+	return &observer{runtime: r, changed: changed, ask: make(chan struct{}, 1), turned: make(chan struct{}, 1), pods: map[types.UID]*Sandbox{}, waiting: map[types.UID]uint64{}}
 }
 
 // fresh returns the number of the first list that will show everything done so
@@ -124,6 +126,7 @@ func (o *observer) list(ctx context.Context) error {
 		o.err = err
 		o.mu.Unlock()
 		if first {
+			o.turn()
 			o.changed(nil)
 		}
 		return err
@@ -144,11 +147,21 @@ func (o *observer) list(ctx context.Context) error {
 		}
 	}
 	o.mu.Unlock()
+	if recovered {
+		o.turn()
+	}
 	changed := append(difference(old, pods), waited...)
 	if len(changed) > 0 || recovered {
 		o.changed(changed)
 	}
 	return nil
+}
+
+func (o *observer) turn() {
+	select {
+	case o.turned <- struct{}{}:
+	default:
+	}
 }
 
 func difference(old, now map[types.UID]*Sandbox) (uids []types.UID) {

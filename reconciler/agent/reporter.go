@@ -28,6 +28,7 @@ type reporter struct {
 	mu    sync.Mutex
 	order []api.Key
 	items map[api.Key]*reportItem
+	due   bool // a report is wanted even without mutations
 }
 
 type reportItem struct {
@@ -56,6 +57,14 @@ func (r *reporter) put(m api.Mutation, refused func(error)) {
 		m.Verb = api.Create // what was never sent cannot be updated
 	}
 	r.items[m.Key] = &reportItem{m: m, refused: refused}
+	r.mu.Unlock()
+	r.signal()
+}
+
+// beat asks for a report that says no more than that the node lives.
+func (r *reporter) beat() {
+	r.mu.Lock()
+	r.due = true
 	r.mu.Unlock()
 	r.signal()
 }
@@ -102,8 +111,8 @@ func (r *reporter) run(ctx context.Context) {
 // flush sends one batch. It returns an error when the control plane could not be
 // asked. What it refuses is told to whoever put it.
 func (r *reporter) flush(ctx context.Context) (int, error) {
-	keys, items := r.take()
-	if len(keys) == 0 {
+	keys, items, due := r.take()
+	if len(keys) == 0 && !due {
 		return 0, nil
 	}
 	ms := make([]api.Mutation, len(items))
@@ -115,6 +124,9 @@ func (r *reporter) flush(ctx context.Context) (int, error) {
 	errs, err := r.plane.Report(ctx, ms)
 	if err != nil {
 		r.putBack(keys, items)
+		if due {
+			r.beat()
+		}
 		return 0, err
 	}
 	for i, e := range errs {
@@ -138,18 +150,19 @@ func (r *reporter) flush(ctx context.Context) (int, error) {
 	return len(ms), nil
 }
 
-func (r *reporter) take() ([]api.Key, []*reportItem) {
+func (r *reporter) take() (keys []api.Key, items []*reportItem, due bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	due, r.due = r.due, false
 	n := min(len(r.order), reportBatch)
-	keys := append([]api.Key(nil), r.order[:n]...)
+	keys = append(keys, r.order[:n]...)
 	r.order = append(r.order[:0:0], r.order[n:]...)
-	items := make([]*reportItem, n)
+	items = make([]*reportItem, n)
 	for i, k := range keys {
 		items[i] = r.items[k]
 		delete(r.items, k)
 	}
-	return keys, items
+	return keys, items, due
 }
 
 // putBack returns unsent items to the head of the queue, unless newer ones wait.

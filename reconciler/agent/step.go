@@ -25,6 +25,7 @@ const (
 	CreateSandbox
 	AttachNetwork
 	SyncVolumes
+	Withdraw
 	DetachNetwork
 	RemoveSandbox
 	Cleanup
@@ -33,7 +34,7 @@ const (
 
 var actionNames = [...]string{"nothing", "pull image", "create container", "start container", "post-start hook",
 	"pre-stop hook", "terminate", "kill", "remove container", "create sandbox", "attach network", "sync volumes",
-	"detach network", "remove sandbox", "clean up", "report gone"}
+	"withdraw from services", "detach network", "remove sandbox", "clean up", "report gone"}
 
 // String names the action for people.
 func (a Action) String() string { return actionNames[a] }
@@ -49,7 +50,8 @@ type Step struct {
 	Init      bool
 	// Streak is how many restarts in a row came before the attempt to create.
 	Streak int
-	// Grace is how long the container has left, for PreStop, Terminate and Kill.
+	// Grace is how long the container has left, for PreStop, Terminate and Kill; for
+	// Withdraw it is how long to wait at most.
 	Grace time.Duration
 	// Reason says why, for events; "" when the step needs no explanation.
 	Reason string

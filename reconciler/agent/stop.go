@@ -14,6 +14,8 @@ const (
 	// killAgain is how long after a SIGKILL the next one is sent: one may be lost
 	// with the connection to the runtime.
 	killAgain = 10 * time.Second
+	// withdrawTimeout is the most a stop waits for services to leave the pod alone.
+	withdrawTimeout = 5 * time.Second
 )
 
 // stopOrder is how one container is to be stopped.
@@ -143,6 +145,9 @@ func (p *planner) anyAlive() bool {
 // stopPod stops the containers and then removes everything of the pod, and says so
 // to the control plane.
 func (p *planner) stopPod() {
+	if !p.withdrawn() {
+		return
+	}
 	if p.stopAll(p.stopReason()) || p.anyAlive() {
 		return
 	}
@@ -168,6 +173,19 @@ func (p *planner) stopPod() {
 	if p.pod.DeletionTimestamp != nil && !p.local.Removed && !p.local.Draining && !p.local.GoneReported {
 		p.emit(Step{Action: ReportGone})
 	}
+}
+
+// withdrawn makes sure that services no longer send new connections to a pod before
+// its containers are told to end: a server that ends refuses them. Half of the grace
+// stays for the containers, whatever happens. A node that is shut down has nobody
+// left to take its pods out of services.
+func (p *planner) withdrawn() bool {
+	most := min(graceOf(p.pod)/2, withdrawTimeout)
+	if p.local.Withdrawn || p.local.Draining || most == 0 || !p.anyAlive() {
+		return true
+	}
+	p.emit(Step{Action: Withdraw, Grace: most, Reason: p.stopReason()})
+	return false
 }
 
 func (p *planner) stopReason() string {

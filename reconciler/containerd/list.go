@@ -143,8 +143,11 @@ func sorted(pods map[types.UID]*agent.Sandbox) []agent.Sandbox {
 // observe puts the state of one container together from its labels, its task and
 // the traces of its start.
 func (r *Runtime) observe(ctx context.Context, c containers.Container, m meta, task *tasktypes.Process) (agent.Container, error) {
-	if begun, _ := r.cfg.logPaths(m).started(); task != nil || m.exit != nil || !begun {
-		return r.compose(c, m, task), nil
+	traces := r.tracesOf(m)
+	if task != nil || m.exit != nil || !traces.begun {
+		// With these traces, not with those of a moment later: a start that begins now
+		// would look like one whose process is gone.
+		return r.compose(c, m, task, traces), nil
 	}
 	// Begun, and no process is listed: it is being started or reaped just now, or
 	// containerd left it out because its shim did not answer in time, or it is lost.
@@ -155,7 +158,7 @@ func (r *Runtime) observe(ctx context.Context, c containers.Container, m meta, t
 		if !readTime(r.cfg.logPaths(m).marker()).IsZero() {
 			busy.Status = tasktypes.Status_RUNNING
 		}
-		return r.compose(c, m, busy), nil
+		return r.compose(c, m, busy, traces), nil
 	}
 	defer unlock()
 	fresh, err := r.client.ContainerService().Get(ctx, c.ID)
@@ -169,11 +172,22 @@ func (r *Runtime) observe(ctx context.Context, c containers.Container, m meta, t
 	if task, err = r.getTask(ctx, c.ID); err != nil && !errdefs.IsNotFound(err) {
 		return agent.Container{}, err
 	}
-	return r.compose(c, m, task), nil
+	return r.compose(c, m, task, r.tracesOf(m)), nil
+}
+
+// traces are what a start leaves on disk.
+type traces struct {
+	begun bool
+	at    time.Time // zero: begun, but the program was not yet started
+}
+
+func (r *Runtime) tracesOf(m meta) traces {
+	begun, at := r.cfg.logPaths(m).started()
+	return traces{begun, at}
 }
 
 // compose says what labels, task and traces amount to.
-func (r *Runtime) compose(c containers.Container, m meta, task *tasktypes.Process) agent.Container {
+func (r *Runtime) compose(c containers.Container, m meta, task *tasktypes.Process, t traces) agent.Container {
 	out := agent.Container{
 		ID: c.ID, Name: m.name, Attempt: m.attempt, Init: m.init, State: agent.Created,
 		Image: m.image, ImageRef: m.imageRef, CreatedAt: c.CreatedAt, Hash: m.hash,
@@ -183,9 +197,8 @@ func (r *Runtime) compose(c containers.Container, m meta, task *tasktypes.Proces
 		out.StartedAt, out.FinishedAt = m.exit.StartedAt, m.exit.At
 		return out
 	}
-	begun, startedAt := r.cfg.logPaths(m).started()
 	switch {
-	case task == nil && !begun, task != nil && task.Status == tasktypes.Status_CREATED:
+	case task == nil && !t.begun, task != nil && task.Status == tasktypes.Status_CREATED:
 		return out
 	case task == nil && populated(r.containerCgroup(m.pod, c.ID)):
 		// Its shim has died, and containerd has not yet killed what it left behind.
@@ -199,7 +212,7 @@ func (r *Runtime) compose(c containers.Container, m meta, task *tasktypes.Proces
 	default:
 		out.State, out.Pid = agent.Running, task.Pid
 	}
-	out.StartedAt = startedAt
+	out.StartedAt = t.at
 	return out
 }
 

@@ -35,6 +35,7 @@ func (r *Runtime) Purge(ctx context.Context) error {
 		}
 	}
 	add("containers", r.purgeContainers(ctx))
+	add("shims", r.purgeShims(ctx))
 	add("mounts", r.awaitUnmounts(ctx))
 	add("sandboxes", r.purgeSandboxes())
 	add("images", r.purgeImages(ctx))
@@ -74,7 +75,8 @@ func (r *Runtime) purgeContainers(ctx context.Context) error {
 }
 
 // awaitUnmounts waits until containerd has unmounted the containers of a shim that
-// died: it does so in the background.
+// died: it does so in the background. Other containerds of this machine, which may
+// have a namespace of the same name, keep their folders beside their sockets.
 func (r *Runtime) awaitUnmounts(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, killTimeout)
 	defer cancel()
@@ -82,7 +84,9 @@ func (r *Runtime) awaitUnmounts(ctx context.Context) error {
 	defer tick.Stop()
 	for {
 		mounts, err := mountinfo.GetMounts(func(m *mountinfo.Info) (skip, stop bool) {
-			return !strings.HasSuffix(m.Mountpoint, "/rootfs") || !strings.Contains(m.Mountpoint, "/io.containerd.runtime.v2.task/"+r.cfg.Namespace+"/"), false
+			ours := strings.HasPrefix(m.Mountpoint, filepath.Dir(r.cfg.Address)+"/") && strings.HasSuffix(m.Mountpoint, "/rootfs") &&
+				strings.Contains(m.Mountpoint, "/io.containerd.runtime.v2.task/"+r.cfg.Namespace+"/")
+			return !ours, false
 		})
 		if err != nil || len(mounts) == 0 {
 			return err

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -57,7 +58,10 @@ type Runtime struct {
 	closeOnce sync.Once
 }
 
-var _ agent.Runtime = (*Runtime)(nil)
+var (
+	_ agent.Runtime   = (*Runtime)(nil)
+	_ agent.Versioned = (*Runtime)(nil)
+)
 
 // New returns a Runtime for the containerd at cfg.Address, which need not answer
 // yet: until it does, methods return errors. Pods left by an earlier Runtime with the
@@ -97,6 +101,7 @@ func New(cfg Config) (*Runtime, error) {
 	}
 	r.work.ctx = ctx
 	r.background(r.watch)
+	r.background(r.sweepShims)
 	return r, nil
 }
 
@@ -146,6 +151,15 @@ func (r *Runtime) Close() error {
 		err = errors.Join(r.pumps.close(), r.client.Close())
 	})
 	return err
+}
+
+// Version implements agent.Versioned: name and version of the runtime.
+func (r *Runtime) Version(ctx context.Context) (string, error) {
+	v, err := r.client.Version(r.ns(ctx))
+	if err != nil {
+		return "", fmt.Errorf("version of containerd at %s: %w", r.cfg.Address, err)
+	}
+	return "containerd://" + strings.TrimPrefix(v.Version, "v"), nil
 }
 
 // Ready returns once containerd answers requests, or the error it answers with when
@@ -201,6 +215,7 @@ type background struct {
 // wait returns once no goroutine is left; its context must have been cancelled.
 func (b *background) wait() {
 	b.mu.Lock() // no new one is being started
+	//lint:ignore SA2001 passing through the lock is the point
 	b.mu.Unlock()
 	b.group.Wait()
 }

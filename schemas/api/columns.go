@@ -19,7 +19,12 @@ import (
 // so that people and scripts find what they know.
 var (
 	namespaceColumns = []Column{
-		text("Status", func(o *corev1.Namespace) string { return string(o.Status.Phase) }),
+		text("Status", func(o *corev1.Namespace) string {
+			if o.Status.Phase == "" {
+				return string(corev1.NamespaceActive) // nothing else happens to one yet
+			}
+			return string(o.Status.Phase)
+		}),
 		ageColumn,
 	}
 	nodeColumns = []Column{
@@ -109,12 +114,7 @@ var (
 			return RedactURL(o.Spec.URL)
 		}),
 		text("Applied", func(o *Source) string { return none(short(o.Status.Applied)) }),
-		text("Ready", func(o *Source) string {
-			if c := readyCondition(o); c != nil {
-				return string(c.Status)
-			}
-			return "Unknown"
-		}),
+		text("Ready", sourceReady),
 		text("Status", sourceState),
 		number("Objects", func(o *Source) int64 { return o.Status.Objects }),
 		ageColumn,
@@ -125,11 +125,12 @@ var (
 		text("Commit", func(o *Revision) string { return short(o.Spec.Commit) }),
 		text("Result", func(o *Revision) string { return o.Spec.Result }),
 		number("Changes", func(o *Revision) int64 { return int64(len(o.Spec.Changes)) }),
-		text("Subject", func(o *Revision) string { return o.Spec.Subject }),
+		text("Author", revisionAuthor),
+		text("Pusher", func(o *Revision) string { return none(o.Spec.Pusher) }),
+		text("Subject", func(o *Revision) string { return clip(o.Spec.Subject, 50) }),
 		ageColumn,
-		wide("Author", func(o *Revision) string { return o.Spec.Author }),
-		wide("Pusher", func(o *Revision) string { return none(o.Spec.Pusher) }),
-		wide("Message", func(o *Revision) string { return o.Spec.Message }),
+		wide("Signer", func(o *Revision) string { return none(o.Spec.Signer) }),
+		wide("Message", func(o *Revision) string { return none(strings.Join(strings.Fields(o.Spec.Message), " ")) }),
 	}
 )
 
@@ -338,12 +339,45 @@ func readyCondition(o *Source) *metav1.Condition {
 	return nil
 }
 
+// sourceReady: the built-in repository is not followed, so nothing reports on it;
+// it is ready unless somebody closed it.
+func sourceReady(o *Source) string {
+	c := readyCondition(o)
+	switch {
+	case o.Status.Suspended != nil || o.Spec.Suspend:
+		return string(metav1.ConditionFalse)
+	case c != nil:
+		return string(c.Status)
+	case o.Spec.URL == "":
+		return string(metav1.ConditionTrue)
+	}
+	return string(metav1.ConditionUnknown)
+}
+
+// revisionAuthor is the author without the mail address.
+func revisionAuthor(o *Revision) string {
+	name, _, _ := strings.Cut(o.Spec.Author, " <")
+	return none(clip(name, 24))
+}
+
+// clip cuts a text for a narrow column after n characters.
+func clip(s string, n int) string {
+	if r := []rune(s); len(r) > n {
+		return string(r[:n-1]) + "…"
+	}
+	return s
+}
+
 func sourceState(o *Source) string {
 	switch c := readyCondition(o); {
 	case o.Status.Suspended != nil:
 		return "Suspended by " + o.Status.Suspended.By
 	case o.Spec.Suspend:
 		return "Suspended in Git"
+	case c == nil && o.Spec.URL == "" && o.Status.Applied == "":
+		return "Empty"
+	case c == nil && o.Spec.URL == "":
+		return "Applied"
 	case c == nil:
 		return "Pending"
 	case c.Status == metav1.ConditionTrue:

@@ -1,6 +1,7 @@
 package compile
 
 import (
+	"slices"
 	"strings"
 
 	"cuelang.org/go/cue"
@@ -29,7 +30,7 @@ func (s *side) branches(field string, data, def cue.Value, branches []cue.Value,
 		if b.IncompleteKind()&cue.StructKind == 0 && b.IncompleteKind() != cue.BottomKind {
 			continue
 		}
-		t := &side{x: s.x, object: s.object, isDef: s.isDef, secret: s.secret, depth: s.depth}
+		t := &side{x: s.x, object: s.object, isDef: s.isDef, secret: s.secret, at: s.at, depth: s.depth}
 		t.walk(field, data, b, pos) // v has no fields when no branch fits
 		c := 0
 		for _, d := range t.diags {
@@ -61,13 +62,14 @@ func isConstant(branch cue.Value, at, field string) bool {
 	return v.Exists() && v.IsConcrete() && v.IncompleteKind()&(cue.StructKind|cue.ListKind) == 0
 }
 
-// ownDisjunction explains a value that fits no branch of a disjunction in the user's
-// own definitions; false if it is something else.
-func (s *side) ownDisjunction(field string, v cue.Value, pos api.Position) bool {
-	leaves := s.x.leaves(v)
-	for i, leaf := range leaves {
-		op, branches := leaf.Expr()
-		if op != cue.OrOp || len(branches) > maxBranches {
+// ownConstraint explains a value that does not fit what the user's own definitions say
+// about it: a disjunction, a type, a bound. It is false if the conflict is another one.
+func (s *side) ownConstraint(field string, v cue.Value, pos api.Position) bool {
+	leaves := slices.DeleteFunc(s.x.leaves(v), func(l leaf) bool { return isEmbedded(l.pos) })
+	for i, constraint := range leaves {
+		op, args := constraint.Expr()
+		open := len(args) == 1 && !args[0].IsConcrete() // also *8080 | int, which is concrete by its default
+		if op != cue.OrOp && !open || len(args) > maxBranches {
 			continue
 		}
 		var data cue.Value
@@ -76,25 +78,26 @@ func (s *side) ownDisjunction(field string, v cue.Value, pos api.Position) bool 
 				data = data.Unify(other.Value)
 			}
 		}
-		if !data.Exists() {
-			return false
+		if !data.Exists() || data.Err() != nil {
+			continue
 		}
-		before := len(s.diags)
-		t := &side{x: s.x, object: s.object, isDef: func(token.Pos) bool { return false }, secret: s.secret, depth: s.depth + 1}
-		if data.IncompleteKind() == cue.StructKind {
-			t.branches(field, data, leaf.Value, branches, pos)
-		} else {
-			t.scalar(field, data, leaf.Value, s.x.placeOf(data, pos))
+		t := &side{x: s.x, object: s.object, isDef: func(token.Pos) bool { return false }, secret: s.secret, at: s.at, depth: s.depth + 1}
+		if data.IncompleteKind() == cue.StructKind && op == cue.OrOp {
+			t.branches(field, data, constraint.Value, args, pos)
+		} else if data.IncompleteKind() != cue.StructKind {
+			t.scalar(field, data, constraint.Value, s.x.placeOf(data, pos))
 		}
-		s.diags = append(s.diags, t.diags...)
-		return len(s.diags) > before
+		if len(t.diags) > 0 {
+			s.diags = append(s.diags, t.diags...)
+			return true
+		}
 	}
 	return false
 }
 
-// disjunction explains an error by the outermost value on its path that fits no branch of
-// a disjunction, and returns that value's field; nil if there is none.
-func (x *explainer) disjunction(root cue.Value, path []string) ([]api.Diagnostic, string) {
+// constraint explains an error by the outermost value on its path that does not fit what
+// the user's definitions say, and returns that value's field; nil if there is none.
+func (x *explainer) constraint(root cue.Value, path []string) ([]api.Diagnostic, string) {
 	for n := 1; n <= len(path); n++ {
 		v, ok := lookup(root, path[:n])
 		if !ok {
@@ -102,7 +105,7 @@ func (x *explainer) disjunction(root cue.Value, path []string) ([]api.Diagnostic
 		}
 		field := fieldPath(path[:n])
 		s := &side{x: x, isDef: func(token.Pos) bool { return false }}
-		if v.Err() != nil && s.ownDisjunction(field, v, x.position(v)) {
+		if v.Err() != nil && s.ownConstraint(field, v, x.position(v)) {
 			return s.diags, field
 		}
 	}

@@ -15,6 +15,9 @@ import (
 func (x *explainer) errors(err error, object string) []api.Diagnostic {
 	var diags []api.Diagnostic
 	for _, e := range errors.Errors(err) {
+		if strings.HasSuffix(message(e), "errors in empty disjunction:") && len(errors.Errors(err)) > 1 {
+			continue // the errors of the branches follow
+		}
 		d := api.Diagnostic{Object: object, Field: fieldPath(e.Path()), Message: message(e)}
 		var places []string
 		for _, p := range errors.Positions(e) {
@@ -80,9 +83,12 @@ func (x *explainer) rest(root cue.Value, err error, explained []string, known []
 		if slices.ContainsFunc(explained, func(at string) bool { return inField(field, at) }) {
 			continue
 		}
-		found, at := x.disjunction(root, e.Path())
+		found, at := x.constraint(root, e.Path())
 		if found == nil {
 			found, at = x.errors(e, ""), field
+		}
+		if len(found) == 0 {
+			continue
 		}
 		explained = append(explained, at)
 		for _, d := range found {

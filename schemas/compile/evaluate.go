@@ -136,9 +136,14 @@ func (e *evaluator) evaluate(p *pkg) (r *packageResult) {
 		r.diags = order(e.explain.errors(inst.Err, ""), p.files[0])
 		return r
 	}
+	var lost []api.Position // objects whose errors are all elsewhere
 	w := &walker{e: e, visit: func(f found) []api.Diagnostic {
 		o, diags := e.object(f)
-		if len(diags) == 0 {
+		switch {
+		case len(diags) > 0:
+		case o.Object.Object == nil:
+			lost = append(lost, f.around)
+		default:
 			r.objects = append(r.objects, o.Object)
 			r.raw = append(r.raw, o.raw)
 		}
@@ -149,6 +154,13 @@ func (e *evaluator) evaluate(p *pkg) (r *packageResult) {
 	if err := v.Validate(); err != nil {
 		r.diags = append(r.diags, e.explain.rest(v, err, w.explained, r.diags)...)
 	}
+	if len(lost) > 0 && len(r.diags) == 0 {
+		r.diags = e.explain.elsewhere
+	}
+	if len(lost) > 0 && len(r.diags) == 0 {
+		r.diags = []api.Diagnostic{{Pos: lost[0], Message: "the object depends on a value in error"}}
+	}
+	e.explain.elsewhere = nil
 	r.diags = order(r.diags, p.files[0])
 	return r
 }

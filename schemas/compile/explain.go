@@ -24,12 +24,16 @@ const messageMissing = "the field is missing"
 type explainer struct {
 	defs *definitions
 	tree *tree
+	// elsewhere are errors in an object whose cause is a value outside of it, which
+	// is reported there.
+	elsewhere []api.Diagnostic
 }
 
 // side is the state of one walk.
 type side struct {
 	x      *explainer
 	object string
+	at     string // the path of the object in its package
 	diags  []api.Diagnostic
 	skip   map[string]bool      // fields at the top that are not judged
 	isDef  func(token.Pos) bool // whether what is written there belongs to the definition
@@ -44,11 +48,13 @@ func (s *side) report(pos api.Position, field, message, expected, found, hint st
 }
 
 // object explains why v does not fit the definition of its kind; err is what CUE
-// says, and is used when the walk finds nothing.
+// says, and is used when the walk finds nothing. There may be no diagnostics, when all
+// causes are elsewhere.
 func (x *explainer) object(kind *api.Kind, def *kindDef, v cue.Value, pos api.Position, err error) []api.Diagnostic {
-	s := &side{x: x, object: x.objectName(kind, v), secret: kind.Resource == api.Secrets, isDef: isDefinition}
+	s := &side{x: x, object: x.objectName(kind, v), secret: kind.Resource == api.Secrets, at: valuePath(v), isDef: isDefinition}
+	elsewhere := len(x.elsewhere)
 	s.walk("", v, def.value, pos)
-	if len(s.diags) > 0 {
+	if len(s.diags) > 0 || len(x.elsewhere) > elsewhere {
 		return s.diags
 	}
 	diags := x.errors(err, s.object)
@@ -129,12 +135,16 @@ func (s *side) bottom(field string, v, data, def cue.Value, pos api.Position) {
 			return
 		}
 	}
-	if s.ownDisjunction(field, v, pos) {
+	if s.ownConstraint(field, v, pos) {
 		return
 	}
 	for _, d := range s.x.errors(data.Err(), s.object) {
 		if d.Pos.File == "" {
 			d.Pos = pos
+		}
+		if d.Field != "" && s.at != "" && !inField(d.Field, s.at) && !inField(s.at, d.Field) {
+			s.x.elsewhere = append(s.x.elsewhere, d)
+			continue
 		}
 		if d.Field = field; s.secret {
 			d.Message = "the value is in conflict with itself"
@@ -155,7 +165,11 @@ func (s *side) kindsMeet(field string, data, def cue.Value, pos api.Position) bo
 	if def.IncompleteKind()&data.IncompleteKind() != 0 {
 		return true
 	}
-	s.report(pos, field, "wrong type", expected(def), s.render(data), "")
+	want := expected(def)
+	if k := kindWords(def.IncompleteKind()); (k == "list" || k == "struct") && want != k {
+		want = "a " + k + ", " + want
+	}
+	s.report(pos, field, "wrong type", want, s.render(data), "")
 	return false
 }
 

@@ -1,6 +1,8 @@
 package compile
 
 import (
+	"slices"
+
 	"cuelang.org/go/cue"
 
 	"decree.dev/decree/schemas/api"
@@ -56,7 +58,10 @@ func (w *walker) walk(v cue.Value, pos api.Position) {
 	}
 	// What an application in error makes is in error for the same reasons: say those.
 	if diags := w.e.explain.shortForm(v, pos); len(diags) > 0 {
-		w.diags = append(w.diags[:before], diags...)
+		own := slices.DeleteFunc(slices.Clone(w.diags[before:]), func(d api.Diagnostic) bool {
+			return d.Pos == pos || slices.ContainsFunc(diags, func(known api.Diagnostic) bool { return known.Pos == d.Pos })
+		})
+		w.diags = append(append(w.diags[:before], own...), diags...)
 		w.explained = append(w.explained, valuePath(v))
 	}
 }

@@ -170,7 +170,7 @@ func (s *side) render(v cue.Value) string {
 	case cue.StringKind, cue.BytesKind:
 		return "a value that is not shown, because it is in a Secret"
 	}
-	return "a " + kindWords(v.Kind())
+	return kindWords(v.Kind())
 }
 
 // render prints a value as the user would write it, in one short line.
@@ -198,6 +198,9 @@ func render(v cue.Value) string {
 // nearest returns the name most like word, if one is near enough to be meant.
 func nearest(word string, names []string) string {
 	best, name := 3, ""
+	if len(word) < 3 {
+		return ""
+	}
 	for _, n := range names {
 		limit := max(1, min(len(word), len(n))/3)
 		if d := distance(strings.ToLower(word), strings.ToLower(n)); d < best && d <= limit {

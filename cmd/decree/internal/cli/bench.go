@@ -2,7 +2,6 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"math"
 	"slices"
@@ -46,8 +45,11 @@ machine in the same hour; where there is a peer it runs interleaved in the same 
 	c.PersistentFlags().StringVarP(&output, "output", "o", "", "json for everything")
 	add := func(name, short string, runs int, alone bool, run func(context.Context, int) ([]figure, error)) {
 		sub := &cobra.Command{
-			Use: name, Short: short, Args: cobra.NoArgs,
+			Use: name, Short: short, Args: cobra.NoArgs, Example: "  decree bench " + name + " -o json",
 			RunE: func(c *cobra.Command, _ []string) error {
+				if err := checkOutput(output, "json"); err != nil {
+					return err
+				}
 				n, err := c.Flags().GetInt("runs")
 				if err != nil {
 					return err
@@ -74,18 +76,13 @@ machine in the same hour; where there is a peer it runs interleaved in the same 
 }
 
 func (e *env) writeFigures(figures []figure, output string) error {
-	switch output {
-	case "json":
-		enc := json.NewEncoder(e.Out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(figures)
-	case "":
-		w := tabwriter.NewWriter(e.Out, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(w, "FIGURE\tMEDIAN\tP99\tMIN\tMAX\tUNIT\tRUNS\tNOTE")
-		for _, f := range figures {
-			fmt.Fprintf(w, "%s\t%.4g\t%.4g\t%.4g\t%.4g\t%s\t%d\t%s\n", f.Name, f.Median, f.P99, f.Min, f.Max, f.Unit, f.Runs, f.Note)
-		}
-		return w.Flush()
+	if output == "json" {
+		return e.writeJSON(figures)
 	}
-	return usageError{fmt.Errorf("-o %q: expected json", output)}
+	w := tabwriter.NewWriter(e.Out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(w, "FIGURE\tMEDIAN\tP99\tMIN\tMAX\tUNIT\tRUNS\tNOTE")
+	for _, f := range figures {
+		fmt.Fprintf(w, "%s\t%.4g\t%.4g\t%.4g\t%.4g\t%s\t%d\t%s\n", f.Name, f.Median, f.P99, f.Min, f.Max, f.Unit, f.Runs, f.Note)
+	}
+	return w.Flush()
 }

@@ -35,58 +35,66 @@ func benchCompile(ctx context.Context, runs int) ([]figure, error) {
 			return nil, err
 		}
 	}
-	var cold, changed, unchanged, one []float64
+	var b compileBench
 	for run := range runs {
-		compiler, err := newCompiler()
-		if err != nil {
-			return nil, err
-		}
-		measure := func(tree string, into *[]float64) error {
-			begun := time.Now()
-			res, err := compiler.Compile(ctx, os.DirFS(tree), compile.Options{Timeout: time.Minute})
-			if err != nil {
-				return err
-			}
-			if len(res.Diagnostics) > 0 {
-				return res.Diagnostics[0]
-			}
-			if into == &one {
-				*into = append(*into, milliseconds(begun))
-			} else {
-				*into = append(*into, float64(len(res.Objects))/time.Since(begun).Seconds())
-			}
-			return nil
-		}
-		err = func() error {
-			defer compiler.Close()
-			if err := measure(small, &one); err != nil {
-				return err
-			}
-			if err := measure(large, &cold); err != nil {
-				return err
-			}
-			if err := benchPackage(filepath.Join(large, "p00"), 0, benchApps/benchPackages, 3+run); err != nil {
-				return err
-			}
-			if err := measure(large, &changed); err != nil {
-				return err
-			}
-			return measure(large, &unchanged)
-		}()
-		if err != nil {
+		if err := b.run(ctx, small, large, 3+run); err != nil {
 			return nil, err
 		}
 	}
 	list := []figure{
-		summarize("one application, cold", "ms", one),
-		summarize("1,000 applications, cold", "objects/s", cold),
-		summarize("one package of 20 changed", "objects/s", changed),
-		summarize("nothing changed", "objects/s", unchanged),
+		summarize("one application, cold", "ms", b.one),
+		summarize("1,000 applications, cold", "objects/s", b.cold),
+		summarize("one package of 20 changed", "objects/s", b.changed),
+		summarize("nothing changed", "objects/s", b.unchanged),
 	}
 	for i := range list {
 		list[i].Note = "in a child process, from a folder"
 	}
 	return list, nil
+}
+
+// compileBench collects milliseconds in one, and objects per second elsewhere.
+type compileBench struct{ one, cold, changed, unchanged []float64 }
+
+// run measures with a new compiler; replicas is what changes in one package.
+func (b *compileBench) run(ctx context.Context, small, large string, replicas int) error {
+	compiler, err := newCompiler()
+	if err != nil {
+		return err
+	}
+	defer compiler.Close()
+	measure := func(tree string) (ms, rate float64, err error) {
+		begun := time.Now()
+		res, err := compiler.Compile(ctx, os.DirFS(tree), compile.Options{Timeout: time.Minute})
+		if err != nil {
+			return 0, 0, err
+		}
+		if len(res.Diagnostics) > 0 {
+			return 0, 0, res.Diagnostics[0]
+		}
+		return milliseconds(begun), float64(len(res.Objects)) / time.Since(begun).Seconds(), nil
+	}
+	ms, _, err := measure(small)
+	if err != nil {
+		return err
+	}
+	_, cold, err := measure(large)
+	if err != nil {
+		return err
+	}
+	if err := benchPackage(filepath.Join(large, "p00"), 0, benchApps/benchPackages, replicas); err != nil {
+		return err
+	}
+	_, changed, err := measure(large)
+	if err != nil {
+		return err
+	}
+	_, unchanged, err := measure(large)
+	if err != nil {
+		return err
+	}
+	b.one, b.cold, b.changed, b.unchanged = append(b.one, ms), append(b.cold, cold), append(b.changed, changed), append(b.unchanged, unchanged)
+	return nil
 }
 
 // benchPackage writes one package of applications.

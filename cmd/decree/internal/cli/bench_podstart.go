@@ -67,6 +67,11 @@ func benchPodStart(ctx context.Context, runs int) ([]figure, error) {
 	if raw.image, err = client.GetImage(raw.ctx, benchImage); err != nil {
 		return nil, err
 	}
+	return inTurns(ctx, raw, rt, runs)
+}
+
+// inTurns starts one container by each way, again and again.
+func inTurns(ctx context.Context, raw *rawStarts, rt *containerd.Runtime, runs int) ([]figure, error) {
 	var rawMS, oursMS, podMS, ratios, podRatios []float64
 	for i := range runs + 1 {
 		r, err := raw.start()

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 
 	"decree.dev/decree/cmd/decree/internal/daemon"
@@ -33,5 +34,15 @@ func (e *env) client() (*client.Client, error) {
 	if err != nil {
 		return nil, err
 	}
+	cfg.Retries = 2 // a person waits
 	return client.New(cfg)
+}
+
+// explain adds what to do to errors that do not say it themselves.
+func explain(err error) error {
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op == "dial" {
+		return fmt.Errorf("the cluster at %s does not answer: %w (decree up starts it; --kubeconfig names another)", op.Addr, op.Err)
+	}
+	return err
 }

@@ -1,7 +1,7 @@
 package cli
 
 import (
-	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -30,6 +30,9 @@ func doctorCmd(e *env) *cobra.Command {
 		Example: "  decree doctor\n  decree doctor -o json | jq '.[] | select(.ok | not)'",
 		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
+			if err := checkOutput(output, "json"); err != nil {
+				return err
+			}
 			list := requirements()
 			failed := 0
 			for _, r := range list {
@@ -37,43 +40,40 @@ func doctorCmd(e *env) *cobra.Command {
 					failed++
 				}
 			}
-			switch output {
-			case "json":
-				enc := json.NewEncoder(e.Out)
-				enc.SetIndent("", "  ")
-				if err := enc.Encode(list); err != nil {
-					return err
-				}
-			case "":
-				w := tabwriter.NewWriter(e.Out, 0, 0, 2, ' ', 0)
-				for _, r := range list {
-					state := "ok"
-					if !r.OK {
-						state = "MISSING"
-						if r.Optional {
-							state = "absent"
-						}
-					}
-					line := r.Detail
-					if !r.OK && r.Mend != "" {
-						line += "; mend: " + r.Mend
-					}
-					fmt.Fprintf(w, "%s\t%s\t%s\n", state, r.Name, line)
-				}
-				if err := w.Flush(); err != nil {
-					return err
-				}
-			default:
-				return usageError{fmt.Errorf("-o %q: expected json", output)}
+			write := func() error { return e.printRequirements(list) }
+			if output == "json" {
+				write = func() error { return e.writeJSON(list) }
+			}
+			if err := write(); err != nil {
+				return err
 			}
 			if failed > 0 {
-				return fmt.Errorf("%d requirements are missing", failed)
+				return errors.New(count(failed, "requirement") + " missing")
 			}
 			return nil
 		},
 	}
 	c.Flags().StringVarP(&output, "output", "o", "", "json for everything")
 	return c
+}
+
+func (e *env) printRequirements(list []requirement) error {
+	w := tabwriter.NewWriter(e.Out, 0, 0, 2, ' ', 0)
+	for _, r := range list {
+		state := "ok"
+		if !r.OK {
+			state = "MISSING"
+			if r.Optional {
+				state = "absent"
+			}
+		}
+		line := r.Detail
+		if !r.OK && r.Mend != "" {
+			line += "; mend: " + r.Mend
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\n", state, r.Name, line)
+	}
+	return w.Flush()
 }
 
 // requirements looks at this machine; it changes nothing.

@@ -1,18 +1,15 @@
 package cli
 
 import (
-	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
-	corev1 "k8s.io/api/core/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/util/jsonpath"
 
 	"decree.dev/decree/raftstore/client"
@@ -38,25 +35,11 @@ func getCmd(e *env) *cobra.Command {
   decree get deploy,svc -n shop -o wide
   decree get pod web-7d4b9c-x2x5k -o yaml
   decree get service hello -o jsonpath={.spec.clusterIP}
-  decree get pods -A --watch`,
-		Args: cobra.MinimumNArgs(1),
-		ValidArgsFunction: func(_ *cobra.Command, args []string, prefix string) ([]string, cobra.ShellCompDirective) {
-			if len(args) == 0 {
-				return completeKinds(prefix), cobra.ShellCompDirectiveNoFileComp
-			}
-			return nil, cobra.ShellCompDirectiveNoFileComp
-		},
-		RunE: func(c *cobra.Command, args []string) (err error) {
-			ts, err := targets(args)
-			if err != nil {
-				return err
-			}
-			if g.client, err = e.client(); err != nil {
-				return err
-			}
-			defer g.client.Close()
-			return g.run(c.Context(), ts)
-		},
+  decree get pods -A --watch
+  decree get revisions                # who changed what, and what was refused`,
+		Args:              kindArgs,
+		ValidArgsFunction: completeObjects(e),
+		RunE:              func(c *cobra.Command, args []string) error { return g.start(c.Context(), args) },
 	}
 	namespaceFlag(e, c)
 	f := c.Flags()
@@ -69,17 +52,48 @@ func getCmd(e *env) *cobra.Command {
 	return c
 }
 
-func (g *getter) run(ctx context.Context, ts []target) error {
-	if g.watch && (len(ts) > 1 || len(ts[0].names) > 1) {
-		return usageError{fmt.Errorf("--watch takes one kind and at most one name")}
+// start checks the command line, connects and prints.
+func (g *getter) start(ctx context.Context, args []string) (err error) {
+	ts, err := targets(args)
+	if err != nil {
+		return err
 	}
-	switch {
-	case g.output == "" || g.output == "wide":
+	if err := g.check(ts); err != nil {
+		return err
+	}
+	if g.client, err = g.env.client(); err != nil {
+		return err
+	}
+	defer g.client.Close()
+	if g.output == "" || g.output == "wide" {
 		return g.tables(ctx, ts)
-	case g.output == "name" || g.output == "json" || g.output == "yaml" || strings.HasPrefix(g.output, "jsonpath="):
-		return g.objects(ctx, ts)
 	}
-	return usageError{fmt.Errorf("-o %q: expected wide, name, json, yaml or jsonpath=TEMPLATE", g.output)}
+	return g.objects(ctx, ts)
+}
+
+// check finds what is wrong with the command line before a server is asked.
+func (g *getter) check(ts []target) error {
+	template, isPath := strings.CutPrefix(g.output, "jsonpath=")
+	if isPath {
+		if err := jsonpath.New("output").Parse(template); err != nil {
+			return usageError{fmt.Errorf("-o %s: %w", g.output, err)}
+		}
+	} else if err := checkOutput(g.output, "wide", "name", "json", "yaml", "jsonpath=TEMPLATE"); err != nil {
+		return err
+	}
+	named := len(ts[0].names) > 0
+	namespaced := slices.ContainsFunc(ts, func(t target) bool { return t.kind.Namespaced })
+	switch {
+	case g.watch && (len(ts) > 1 || len(ts[0].names) > 1):
+		return usageError{errors.New("--watch takes one kind and at most one name")}
+	case g.watch && g.output != "" && g.output != "wide":
+		return usageError{fmt.Errorf("--watch prints tables: leave out -o %s", g.output)}
+	case named && g.all && namespaced:
+		return usageError{errors.New("an object cannot be named across all namespaces: give its namespace with -n, not -A")}
+	case named && (g.labels != "" || g.field != ""):
+		return usageError{errors.New("names and selectors exclude each other")}
+	}
+	return nil
 }
 
 func (g *getter) options(k *api.Kind) client.ListOptions {
@@ -90,130 +104,117 @@ func (g *getter) options(k *api.Kind) client.ListOptions {
 	return o
 }
 
-// tables prints what the server renders, one table for each kind.
+// tables prints what the server renders, one table for each kind. What cannot be
+// read does not hide the rest.
 func (g *getter) tables(ctx context.Context, ts []target) error {
-	empty := true
-	for i, t := range ts {
+	var errs []error
+	printed := false
+	for _, t := range ts {
 		p := g.printer(t.kind)
 		if len(ts) > 1 {
-			p.prefix = strings.ToLower(t.kind.Kind) + "/"
-			if t.kind.Group != "" {
-				p.prefix = strings.ToLower(t.kind.Kind) + "." + t.kind.Group + "/"
+			p.prefix = singular(t.kind) + "/"
+		}
+		table, err := g.table(ctx, t)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		if table != nil && len(table.Rows) > 0 {
+			if printed {
+				fmt.Fprintln(g.env.Out)
+			}
+			printed = true
+			if err := p.print(table); err != nil {
+				return err
 			}
 		}
-		rows, err := g.table(ctx, t, p, i > 0 && !empty)
-		if err != nil {
-			return err
+		if g.watch && err == nil {
+			return g.follow(ctx, t, p, table)
 		}
-		empty = empty && rows == 0
 	}
-	if empty && !g.watch {
-		where := "in namespace " + g.env.namespace
-		if g.all || !ts[0].kind.Namespaced {
-			where = "in the cluster"
-		}
-		fmt.Fprintf(g.env.Err, "none %s\n", where)
+	if !printed && len(errs) == 0 {
+		g.env.nothing("resources", ts[0].kind.Namespaced && !g.all)
 	}
-	if g.watch {
-		return g.follow(ctx, ts[0])
+	return errors.Join(errs...)
+}
+
+// nothing says that nothing was found, in kubectl's words.
+func (e *env) nothing(what string, namespaced bool) {
+	if namespaced {
+		fmt.Fprintf(e.Err, "No %s found in %s namespace.\n", what, e.namespace)
+		return
 	}
-	return nil
+	fmt.Fprintf(e.Err, "No %s found.\n", what)
 }
 
 func (g *getter) printer(k *api.Kind) *tablePrinter {
 	return &tablePrinter{out: g.env.Out, wide: g.output == "wide", namespace: g.all && k.Namespaced, noHeaders: g.noHeaders}
 }
 
-func (g *getter) table(ctx context.Context, t target, p *tablePrinter, blank bool) (rows int, err error) {
-	names := t.names
-	if len(names) == 0 {
-		names = []string{""}
+// table reads what a target asks for as one table; with an error, the part that
+// could be read.
+func (g *getter) table(ctx context.Context, t target) (*metav1.Table, error) {
+	if len(t.names) == 0 {
+		return g.client.Table(ctx, t.kind, "", g.options(t.kind), metav1.IncludeMetadata)
 	}
-	for _, name := range names {
+	var all *metav1.Table
+	var errs []error
+	for _, name := range t.names {
 		table, err := g.client.Table(ctx, t.kind, name, g.options(t.kind), metav1.IncludeMetadata)
-		if err != nil {
-			return rows, err
-		}
-		if len(table.Rows) == 0 {
-			continue
-		}
-		if blank {
-			fmt.Fprintln(g.env.Out)
-			blank = false
-		}
-		rows += len(table.Rows)
-		if err := p.print(table); err != nil {
-			return rows, err
+		switch {
+		case err != nil:
+			errs = append(errs, err)
+		case all == nil:
+			all = table
+		default:
+			all.Rows = append(all.Rows, table.Rows...)
 		}
 	}
-	return rows, nil
-}
-
-// follow prints one line for every change until the user has seen enough.
-func (g *getter) follow(ctx context.Context, t target) error {
-	p := g.printer(t.kind)
-	p.headed = true
-	o := client.WatchOptions{ListOptions: g.options(t.kind)}
-	for ev, err := range g.client.WatchObjects(ctx, t.kind, o) {
-		if ctx.Err() != nil {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		if ev.Initial || ev.Type == watch.Bookmark || (len(t.names) > 0 && ev.Object.GetName() != t.names[0]) {
-			continue
-		}
-		if ev.Type == watch.Deleted {
-			fmt.Fprintf(g.env.Out, "%s deleted\n", api.KeyOf(ev.Object))
-			continue
-		}
-		o := g.options(t.kind)
-		o.Namespace = ev.Object.GetNamespace()
-		table, err := g.client.Table(ctx, t.kind, ev.Object.GetName(), o, metav1.IncludeMetadata)
-		if apierrors.IsNotFound(err) {
-			continue
-		}
-		if err != nil {
-			return err
-		}
-		if err := p.print(table); err != nil {
-			return err
-		}
-	}
-	return nil
+	return all, errors.Join(errs...)
 }
 
 // objects prints whole objects.
 func (g *getter) objects(ctx context.Context, ts []target) error {
-	if g.watch {
-		return usageError{fmt.Errorf("--watch prints tables: leave out -o %s", g.output)}
-	}
 	var list []api.Object
-	single := len(ts) == 1 && len(ts[0].names) == 1
+	var errs []error
 	for _, t := range ts {
 		found, err := g.fetch(ctx, t)
+		list, errs = append(list, found...), append(errs, err)
+	}
+	err := errors.Join(errs...)
+	if single := len(ts) == 1 && len(ts[0].names) == 1; single {
 		if err != nil {
 			return err
 		}
-		list = append(list, found...)
+		return g.write(list, list[0])
 	}
-	switch {
-	case g.output == "name":
+	return errors.Join(g.write(list, listOf(list)), err)
+}
+
+// write prints list by name, or value in another form.
+func (g *getter) write(list []api.Object, value any) error {
+	if g.output == "name" {
 		for _, o := range list {
 			fmt.Fprintf(g.env.Out, "%s/%s\n", singular(api.KindOf(o)), o.GetName())
 		}
 		return nil
-	case strings.HasPrefix(g.output, "jsonpath="):
-		return g.jsonpath(list, single)
-	case single:
-		return g.env.writeObjects(list, g.output)
-	case g.output == "json":
-		enc := json.NewEncoder(g.env.Out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(map[string]any{"apiVersion": "v1", "kind": "List", "items": slices.Concat([]api.Object{}, list)})
 	}
-	return g.env.writeObjects(list, g.output)
+	template, ok := strings.CutPrefix(g.output, "jsonpath=")
+	if !ok {
+		return g.env.writeValue(value, g.output)
+	}
+	raw, err := json.Marshal(value)
+	if err != nil {
+		return err
+	}
+	var data any
+	if err := json.Unmarshal(raw, &data); err != nil {
+		return err
+	}
+	jp := jsonpath.New("output").AllowMissingKeys(true)
+	if err := jp.Parse(template); err != nil {
+		return err
+	}
+	return jp.Execute(g.env.Out, data)
 }
 
 // singular is a kind as kubectl prints it before a name: "deployment.apps".
@@ -224,6 +225,7 @@ func singular(k *api.Kind) string {
 	return k.Singular + "." + k.Group
 }
 
+// fetch reads what a target asks for; with an error, the part that could be read.
 func (g *getter) fetch(ctx context.Context, t target) ([]api.Object, error) {
 	o := g.options(t.kind)
 	if len(t.names) == 0 {
@@ -231,104 +233,14 @@ func (g *getter) fetch(ctx context.Context, t target) ([]api.Object, error) {
 		return list, err
 	}
 	var list []api.Object
+	var errs []error
 	for _, name := range t.names {
 		obj, err := g.client.GetObject(ctx, t.kind, o.Namespace, name)
 		if err != nil {
-			return nil, err
+			errs = append(errs, err)
+			continue
 		}
 		list = append(list, obj)
 	}
-	return list, nil
-}
-
-func (g *getter) jsonpath(list []api.Object, single bool) error {
-	template := strings.TrimPrefix(g.output, "jsonpath=")
-	jp := jsonpath.New("output").AllowMissingKeys(true)
-	if err := jp.Parse(template); err != nil {
-		return usageError{fmt.Errorf("-o %s: %w", g.output, err)}
-	}
-	var data any
-	raw, err := json.Marshal(map[string]any{"apiVersion": "v1", "kind": "List", "items": list})
-	if single {
-		raw, err = json.Marshal(list[0])
-	}
-	if err != nil {
-		return err
-	}
-	if err := json.Unmarshal(raw, &data); err != nil {
-		return err
-	}
-	return jp.Execute(g.env.Out, data)
-}
-
-func describeCmd(e *env) *cobra.Command {
-	var all bool
-	c := &cobra.Command{
-		Use:   "describe KIND [NAME...]",
-		Short: "Show objects with their origin in Git, their state and what happened to them",
-		Example: `  decree describe pod web-7d4b9c-x2x5k
-  decree describe deployments -n shop`,
-		Args: cobra.MinimumNArgs(1),
-		RunE: func(c *cobra.Command, args []string) error {
-			ts, err := targets(args)
-			if err != nil {
-				return err
-			}
-			cl, err := e.client()
-			if err != nil {
-				return err
-			}
-			defer cl.Close()
-			g := &getter{env: e, client: cl, all: all}
-			return g.describe(c.Context(), ts)
-		},
-	}
-	namespaceFlag(e, c)
-	c.Flags().BoolVarP(&all, "all-namespaces", "A", false, "objects of all namespaces")
-	return c
-}
-
-func (g *getter) describe(ctx context.Context, ts []target) error {
-	first := true
-	for _, t := range ts {
-		list, err := g.fetch(ctx, t)
-		if err != nil {
-			return err
-		}
-		for _, o := range list {
-			events, err := eventsOf(ctx, g.client, o)
-			if err != nil {
-				return err
-			}
-			if !first {
-				fmt.Fprintln(g.env.Out)
-			}
-			first = false
-			if err := describe(g.env.Out, o, events, now()); err != nil {
-				return err
-			}
-		}
-	}
-	if first {
-		fmt.Fprintln(g.env.Err, "none")
-	}
-	return nil
-}
-
-// eventsOf returns what happened to one object, oldest first.
-func eventsOf(ctx context.Context, c *client.Client, o api.Object) ([]*corev1.Event, error) {
-	ns := cmp.Or(o.GetNamespace(), "default")
-	list, _, err := client.List[*corev1.Event](ctx, c, client.ListOptions{
-		Namespace:     ns,
-		FieldSelector: "involvedObject.kind=" + api.KindOf(o).Kind + ",involvedObject.name=" + o.GetName(),
-	})
-	if err != nil {
-		return nil, err
-	}
-	sortEvents(list)
-	return list, nil
-}
-
-func sortEvents(list []*corev1.Event) {
-	slices.SortStableFunc(list, func(a, b *corev1.Event) int { return lastSeen(a).Compare(lastSeen(b)) })
+	return list, errors.Join(errs...)
 }

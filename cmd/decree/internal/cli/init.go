@@ -41,9 +41,9 @@ overwrites: a file that exists is an error, and then nothing is written.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(_ *cobra.Command, args []string) error {
 			dir := folder(args)
-			for name := range scaffold {
+			for _, name := range sortedKeys(scaffold) {
 				if _, err := os.Lstat(filepath.Join(dir, name)); err == nil {
-					return fmt.Errorf("init %s: %s exists already: choose an empty folder", dir, name)
+					return fmt.Errorf("init %s: %s exists already: nothing was written, choose another folder", dir, name)
 				} else if !errors.Is(err, fs.ErrNotExist) {
 					return fmt.Errorf("init %s: %w", dir, err)
 				}

@@ -1,12 +1,10 @@
 package cli
 
 import (
-	"encoding/json"
 	"fmt"
 	"io/fs"
 	"os"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -19,12 +17,15 @@ func planCmd(e *env) *cobra.Command {
 	c := &cobra.Command{
 		Use:   "plan [FOLDER]",
 		Short: "Show what a push of this tree would change; change nothing",
+		Long: `Plan evaluates a folder as the server would evaluate a commit of it, and lists what
+would be added, changed and deleted. What a push would refuse is refused here too,
+with exit status 1. The folder .git is left out.`,
 		Example: `  decree plan
   decree plan --source shop ./shop -o json`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			if output != "" && output != "json" {
-				return usageError{fmt.Errorf("-o %q: expected json", output)}
+			if err := checkOutput(output, "json"); err != nil {
+				return err
 			}
 			root, err := os.OpenRoot(folder(args))
 			if err != nil {
@@ -36,14 +37,14 @@ func planCmd(e *env) *cobra.Command {
 				return err
 			}
 			defer cl.Close()
+			done := e.progress("planning")
 			p, err := cl.PlanSource(c.Context(), source, withoutGit{root.FS()})
+			done()
 			if err != nil {
 				return err
 			}
 			if output == "json" {
-				enc := json.NewEncoder(e.Out)
-				enc.SetIndent("", "  ")
-				if err := enc.Encode(p); err != nil {
+				if err := e.writeJSON(p); err != nil {
 					return err
 				}
 				if len(p.Refusals) > 0 {
@@ -61,8 +62,6 @@ func planCmd(e *env) *cobra.Command {
 	c.Flags().StringVarP(&output, "output", "o", "", "json for everything")
 	return c
 }
-
-func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
 // withoutGit is a tree the way a commit would hold it: without its .git folder.
 type withoutGit struct{ fs.FS }

@@ -2,8 +2,10 @@ package cli
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 
 	"decree.dev/decree/raftstore/pki"
@@ -14,7 +16,12 @@ import (
 // https helper with the cluster's certificates.
 func RunGitRemote(args []string, s Streams) int {
 	e := &env{Streams: s}
-	if err := e.gitRemote(args); err != nil {
+	err := e.gitRemote(args)
+	var git *exec.ExitError
+	if errors.As(err, &git) && git.ExitCode() > 0 {
+		return git.ExitCode() // git has said why
+	}
+	if err != nil {
 		fmt.Fprintf(s.Err, "decree: %v\n", err)
 		return 1
 	}

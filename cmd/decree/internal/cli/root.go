@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -55,8 +56,23 @@ func Run(args []string, s Streams) int {
 		fmt.Fprintf(s.Err, "decree: %v\n", err)
 		return 2
 	}
-	fmt.Fprintf(s.Err, "decree: %v\n", err)
+	for _, err := range separate(err) {
+		fmt.Fprintf(s.Err, "decree: %v\n", explain(err))
+	}
 	return 1
+}
+
+// separate takes errors apart that were joined, one for each thing asked for.
+func separate(err error) []error {
+	several, ok := err.(interface{ Unwrap() []error })
+	if !ok || errors.Join(several.Unwrap()...).Error() != err.Error() {
+		return []error{err} // one error, maybe of several causes
+	}
+	var list []error
+	for _, err := range several.Unwrap() {
+		list = append(list, separate(err)...)
+	}
+	return list
 }
 
 func newRoot(s Streams) *cobra.Command {
@@ -98,24 +114,45 @@ Nothing else changes what should run.`,
 			root.AddCommand(c)
 		}
 	}
-	root.AddCommand(versionCmd(e), benchCmd(e), imageCmd(e), compileWorkerCmd(e))
-	wrapArgs(root)
+	root.AddCommand(versionCmd(e), completionCmd(e), benchCmd(e), imageCmd(e), compileWorkerCmd(e))
+	root.Version = version
+	root.SetVersionTemplate("decree {{.Version}}\n")
+	strict(root)
 	return root
 }
 
-// wrapArgs makes wrong arguments of any verb a usage error.
-func wrapArgs(c *cobra.Command) {
-	if check := c.Args; check != nil {
-		c.Args = func(c *cobra.Command, args []string) error {
-			if err := check(c, args); err != nil {
-				return usageError{fmt.Errorf("%w\nsee '%s --help'", err, c.CommandPath())}
-			}
+// strict makes wrong arguments of any verb a usage error, and an unknown verb too.
+func strict(c *cobra.Command) {
+	check := c.Args
+	if c.HasSubCommands() {
+		check = knownVerb
+		c.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+		c.DisableFlagsInUseLine, c.SuggestionsMinimumDistance = true, 2
+	}
+	c.Args = func(c *cobra.Command, args []string) error {
+		if check == nil {
 			return nil
 		}
+		if err := check(c, args); err != nil {
+			return usageError{fmt.Errorf("%w\nsee '%s --help'", err, c.CommandPath())}
+		}
+		return nil
 	}
 	for _, sub := range c.Commands() {
-		wrapArgs(sub)
+		strict(sub)
 	}
+}
+
+// knownVerb refuses arguments of a command that only has verbs.
+func knownVerb(c *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	err := fmt.Errorf("unknown command %q", args[0])
+	if like := c.SuggestionsFor(args[0]); len(like) > 0 {
+		err = fmt.Errorf("%w; did you mean %s?", err, strings.Join(like, " or "))
+	}
+	return err
 }
 
 // namespaceFlag adds -n to a verb that looks at namespaced objects.

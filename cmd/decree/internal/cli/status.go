@@ -1,16 +1,16 @@
 package cli
 
 import (
+	"cmp"
 	"context"
-	"encoding/json"
 	"fmt"
+	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
-	"k8s.io/apimachinery/pkg/util/duration"
 
 	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/schemas/api"
@@ -20,10 +20,10 @@ import (
 type clusterStatus struct {
 	Server   string         `json:"server"`
 	Revision uint64         `json:"revision"`
-	Nodes    []nodeStatus   `json:"nodes"`
+	Nodes    []nodeStatus   `json:"nodes"` // empty: no agent has ever run
 	Sources  []sourceStatus `json:"sources"`
 	Pods     map[string]int `json:"pods"` // by phase
-	Trouble  []string       `json:"trouble,omitempty"`
+	Trouble  []string       `json:"trouble"`
 }
 
 type nodeStatus struct {
@@ -54,6 +54,9 @@ func statusCmd(e *env) *cobra.Command {
   decree status -o json | jq .sources`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
+			if err := checkOutput(output, "json"); err != nil {
+				return err
+			}
 			cl, err := e.client()
 			if err != nil {
 				return err
@@ -63,15 +66,10 @@ func statusCmd(e *env) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			switch output {
-			case "json":
-				enc := json.NewEncoder(e.Out)
-				enc.SetIndent("", "  ")
-				return enc.Encode(s)
-			case "":
-				return e.printStatus(s)
+			if output == "json" {
+				return e.writeJSON(s)
 			}
-			return usageError{fmt.Errorf("-o %q: expected json", output)}
+			return e.printStatus(s)
 		},
 	}
 	c.Flags().StringVarP(&output, "output", "o", "", "json for everything")
@@ -79,7 +77,7 @@ func statusCmd(e *env) *cobra.Command {
 }
 
 func readStatus(ctx context.Context, c *client.Client) (*clusterStatus, error) {
-	s := &clusterStatus{Server: c.Server(), Pods: map[string]int{}}
+	s := &clusterStatus{Server: c.Server(), Nodes: []nodeStatus{}, Sources: []sourceStatus{}, Pods: map[string]int{}, Trouble: []string{}}
 	nodes, _, err := client.List[*corev1.Node](ctx, c, client.ListOptions{})
 	if err != nil {
 		return nil, err
@@ -106,7 +104,7 @@ func readStatus(ctx context.Context, c *client.Client) (*clusterStatus, error) {
 	}
 	s.Revision = revision
 	for _, p := range pods {
-		s.Pods[string(p.Status.Phase)]++
+		s.Pods[string(phase(p))]++
 		if why := podTrouble(p); why != "" {
 			s.Trouble = append(s.Trouble, fmt.Sprintf("%s: %s", api.KeyOf(p), why))
 		}
@@ -126,13 +124,16 @@ func statusOf(src *api.Source) sourceStatus {
 	}
 	if s := src.Status.Suspended; s != nil {
 		st.Ready, st.Reason, st.Since = false, "Suspended", s.At.Time
-		st.Message = "suspended by " + s.By
+		st.Message = "by " + s.By
 		if s.Reason != "" {
 			st.Message += ": " + s.Reason
 		}
 	}
 	return st
 }
+
+// phase is Pending until somebody has said anything about the pod.
+func phase(p *corev1.Pod) corev1.PodPhase { return cmp.Or(p.Status.Phase, corev1.PodPending) }
 
 // podTrouble says why a pod is not as it should be, "" if it is.
 func podTrouble(p *corev1.Pod) string {
@@ -148,45 +149,46 @@ func podTrouble(p *corev1.Pod) string {
 }
 
 func (e *env) printStatus(s *clusterStatus) error {
-	fmt.Fprintf(e.Out, "server  %s, revision %d\n", s.Server, s.Revision)
+	w := tabwriter.NewWriter(e.Out, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(w, "server\t%s, revision %d\n", s.Server, s.Revision)
+	if len(s.Nodes) == 0 {
+		fmt.Fprintf(w, "nodes\tnone: no pod can run\n")
+	}
 	for _, n := range s.Nodes {
 		state := "ready"
 		if !n.Ready {
 			state = "NOT READY: " + n.Why
 		}
-		fmt.Fprintf(e.Out, "node    %s %s since %s\n", n.Name, state, ago(n.Since))
+		fmt.Fprintf(w, "node\t%s %s, for %s\n", n.Name, state, age(n.Since, now()))
 	}
-	w := tabwriter.NewWriter(e.Out, 0, 0, 2, ' ', 0)
 	for _, src := range s.Sources {
-		state := "in force"
-		if src.Applied == "" {
-			state = "no commit yet"
-		}
-		if !src.Ready {
-			state = src.Reason + ": " + oneLine(src.Message)
-		}
-		fmt.Fprintf(w, "source  %s\t%.7s\t%d objects\t%s since %s\n", src.Name, src.Applied, src.Objects, state, ago(src.Since))
+		fmt.Fprintf(w, "source\t%s %s\n", src.Name, src.text(now()))
 	}
-	if err := w.Flush(); err != nil {
-		return err
-	}
-	fmt.Fprintf(e.Out, "pods   ")
+	var phases []string
 	for _, phase := range sortedKeys(s.Pods) {
-		fmt.Fprintf(e.Out, " %d %s", s.Pods[phase], phase)
+		phases = append(phases, fmt.Sprintf("%d %s", s.Pods[phase], phase))
 	}
-	if len(s.Pods) == 0 {
-		fmt.Fprint(e.Out, " none")
+	if len(phases) == 0 {
+		phases = []string{"none"}
 	}
-	fmt.Fprintln(e.Out)
+	fmt.Fprintf(w, "pods\t%s\n", strings.Join(phases, ", "))
 	for _, t := range s.Trouble {
-		fmt.Fprintf(e.Out, "trouble %s\n", t)
+		fmt.Fprintf(w, "trouble\t%s\n", t)
 	}
-	return nil
+	return w.Flush()
 }
 
-func ago(t time.Time) string {
-	if t.IsZero() {
-		return "the start"
+// text is one line: the commit in force, and what is wrong since when.
+func (s sourceStatus) text(now time.Time) string {
+	text := "no commit yet"
+	if s.Applied != "" {
+		text = fmt.Sprintf("%.7s in force, %s", s.Applied, count(int(s.Objects), "object"))
 	}
-	return duration.HumanDuration(now().Sub(t)) + " ago"
+	if !s.Ready {
+		text += fmt.Sprintf("; %s: %s", s.Reason, oneLine(s.Message))
+	}
+	if s.Since.IsZero() {
+		return text
+	}
+	return text + ", for " + age(s.Since, now)
 }

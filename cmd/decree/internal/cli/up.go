@@ -67,7 +67,7 @@ and services keep answering; the next up adopts them. See also: decree down.`,
 	return c
 }
 
-func downCmd(*env) *cobra.Command {
+func downCmd(e *env) *cobra.Command {
 	var cfg daemon.Config
 	var purge bool
 	c := &cobra.Command{
@@ -79,7 +79,10 @@ repositories, history, images, certificates. There is no way back from that.`,
 		Example: `  decree down
   decree down --purge`,
 		Args: cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error { return daemon.Down(c.Context(), cfg, purge) },
+		RunE: func(c *cobra.Command, _ []string) error {
+			defer e.progress("stopping")()
+			return daemon.Down(c.Context(), cfg, purge)
+		},
 	}
 	dataFlags(c, &cfg)
 	c.Flags().BoolVar(&purge, "purge", false, "remove all data too")

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"encoding/json"
 	"fmt"
 	"runtime"
 	"runtime/debug"
@@ -23,6 +22,9 @@ func versionCmd(e *env) *cobra.Command {
 		Example: "  decree version -o json",
 		Args:    cobra.NoArgs,
 		RunE: func(*cobra.Command, []string) error {
+			if err := checkOutput(output, "json"); err != nil {
+				return err
+			}
 			info := map[string]string{"version": version, "go": runtime.Version(), "platform": runtime.GOOS + "/" + runtime.GOARCH}
 			if bi, ok := debug.ReadBuildInfo(); ok {
 				for _, d := range bi.Deps {
@@ -32,16 +34,11 @@ func versionCmd(e *env) *cobra.Command {
 					}
 				}
 			}
-			switch output {
-			case "json":
-				enc := json.NewEncoder(e.Out)
-				enc.SetIndent("", "  ")
-				return enc.Encode(info)
-			case "":
-				_, err := fmt.Fprintf(e.Out, "decree %s %s %s\n", version, info["go"], info["platform"])
-				return err
+			if output == "json" {
+				return e.writeJSON(info)
 			}
-			return usageError{fmt.Errorf("-o %q: expected json", output)}
+			_, err := fmt.Fprintf(e.Out, "decree %s %s %s\n", version, info["go"], info["platform"])
+			return err
 		},
 	}
 	c.Flags().StringVarP(&output, "output", "o", "", "json for everything")

@@ -2,13 +2,12 @@ package cli
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"time"
 
 	"github.com/spf13/cobra"
-	"sigs.k8s.io/yaml"
 
 	"decree.dev/decree/schemas/api"
 	"decree.dev/decree/schemas/compile"
@@ -16,7 +15,7 @@ import (
 
 // compileFolder evaluates a folder on disk in a bounded child process, as the
 // server would.
-func compileFolder(ctx context.Context, dir, path string) (*compile.Result, error) {
+func (e *env) compileFolder(ctx context.Context, dir, path string) (*compile.Result, error) {
 	info, err := os.Stat(dir)
 	if err != nil {
 		return nil, err
@@ -29,6 +28,7 @@ func compileFolder(ctx context.Context, dir, path string) (*compile.Result, erro
 		return nil, err
 	}
 	defer compiler.Close()
+	defer e.progress("evaluating " + dir)()
 	return compiler.Compile(ctx, os.DirFS(dir), compile.Options{Path: path})
 }
 
@@ -37,10 +37,7 @@ func (e *env) refuse(ds []api.Diagnostic) error {
 	for _, d := range ds {
 		fmt.Fprintln(e.Err, d.Error())
 	}
-	if len(ds) == 1 {
-		return fmt.Errorf("1 error")
-	}
-	return fmt.Errorf("%d errors", len(ds))
+	return errors.New(count(len(ds), "error"))
 }
 
 func vetCmd(e *env) *cobra.Command {
@@ -52,32 +49,27 @@ func vetCmd(e *env) *cobra.Command {
   decree vet -o json ./shop | jq '.[].pos'`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
+			if err := checkOutput(output, "json"); err != nil {
+				return err
+			}
 			begun := time.Now()
-			res, err := compileFolder(c.Context(), folder(args), path)
+			res, err := e.compileFolder(c.Context(), folder(args), path)
 			if err != nil {
 				return fmt.Errorf("vet %s: %w", folder(args), err)
 			}
-			switch output {
-			case "json":
-				ds := res.Diagnostics
-				if ds == nil {
-					ds = []api.Diagnostic{}
-				}
-				if err := json.NewEncoder(e.Out).Encode(ds); err != nil {
+			if output == "json" {
+				if err := e.writeJSON(append([]api.Diagnostic{}, res.Diagnostics...)); err != nil {
 					return err
 				}
-				if len(ds) > 0 {
+				if len(res.Diagnostics) > 0 {
 					return exitCode(1)
 				}
 				return nil
-			case "":
-			default:
-				return usageError{fmt.Errorf("-o %q: expected json", output)}
 			}
 			if len(res.Diagnostics) > 0 {
 				return e.refuse(res.Diagnostics)
 			}
-			_, err = fmt.Fprintf(e.Out, "ok: %d objects from %d files in %s\n", len(res.Objects), res.Files, time.Since(begun).Round(time.Millisecond))
+			_, err = fmt.Fprintf(e.Out, "ok: %s from %s in %s\n", count(len(res.Objects), "object"), count(res.Files, "file"), time.Since(begun).Round(time.Millisecond))
 			return err
 		},
 	}
@@ -95,10 +87,10 @@ func renderCmd(e *env) *cobra.Command {
   decree render -o json ./shop`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			if output != "yaml" && output != "json" {
-				return usageError{fmt.Errorf("-o %q: expected yaml or json", output)}
+			if err := checkOutput(output, "yaml", "json"); err != nil {
+				return err
 			}
-			res, err := compileFolder(c.Context(), folder(args), path)
+			res, err := e.compileFolder(c.Context(), folder(args), path)
 			if err != nil {
 				return fmt.Errorf("render %s: %w", folder(args), err)
 			}
@@ -109,35 +101,13 @@ func renderCmd(e *env) *cobra.Command {
 			for i, o := range res.Objects {
 				objects[i] = o.Object
 			}
-			return e.writeObjects(objects, output)
+			if output == "json" {
+				return e.writeJSON(listOf(objects))
+			}
+			return e.writeStream(objects)
 		},
 	}
 	c.Flags().StringVar(&path, "path", ".", "folder inside the tree to evaluate")
 	c.Flags().StringVarP(&output, "output", "o", "yaml", "yaml or json")
 	return c
-}
-
-// writeObjects prints objects as a stream of YAML documents, or as one JSON List.
-func (e *env) writeObjects(objects []api.Object, output string) error {
-	if output == "json" {
-		enc := json.NewEncoder(e.Out)
-		enc.SetIndent("", "  ")
-		if len(objects) == 1 {
-			return enc.Encode(objects[0])
-		}
-		return enc.Encode(map[string]any{"apiVersion": "v1", "kind": "List", "items": objects})
-	}
-	for i, o := range objects {
-		data, err := yaml.Marshal(o)
-		if err != nil {
-			return err
-		}
-		if i > 0 {
-			fmt.Fprintln(e.Out, "---")
-		}
-		if _, err := e.Out.Write(data); err != nil {
-			return err
-		}
-	}
-	return nil
 }

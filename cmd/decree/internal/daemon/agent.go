@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/raftstore/apiserver"
@@ -38,14 +39,44 @@ type node struct {
 	changed    fanout
 }
 
-// fanout passes the mirror's signal on to the agent and to the network.
-type fanout struct{ agent, network chan struct{} }
+// fanout passes the mirror's signal on to the agent and to the network, once the
+// mirror may be relied on.
+type fanout struct {
+	agent, network chan struct{}
+	usable         chan struct{}
+}
 
-func (f *fanout) run(ctx context.Context, in <-chan struct{}) error {
+// stalePatience is how long a starting node waits for a server before it goes by
+// what an earlier process has kept. The kernel's tables and the containers are newer
+// than that, and do without for a while.
+const stalePatience = 3 * time.Second
+
+func (f *fanout) run(ctx context.Context, m *client.Mirror) error {
+	patience := time.NewTimer(stalePatience)
+	defer patience.Stop()
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-m.Current():
+	case <-patience.C:
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-m.Synced():
+		}
+	}
+	close(f.usable)
+	in := make(chan struct{}, 1)
+	in <- struct{}{} // all that is there now
+	return f.forward(ctx, in, m.Changed())
+}
+
+func (f *fanout) forward(ctx context.Context, first, in <-chan struct{}) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-first:
 		case <-in:
 		}
 		for _, out := range []chan struct{}{f.agent, f.network} {
@@ -57,13 +88,24 @@ func (f *fanout) run(ctx context.Context, in <-chan struct{}) error {
 	}
 }
 
-// controlPlane is the mirror as the agent sees it, with a signal of its own.
+// controlPlane is the mirror as the agent sees it: with a signal of its own, without
+// a view that may be out of date for no need, and synced only by a server.
 type controlPlane struct {
 	*client.Mirror
-	changed <-chan struct{}
+	changed, usable <-chan struct{}
 }
 
 func (c controlPlane) Changed() <-chan struct{} { return c.changed }
+func (c controlPlane) Synced() <-chan struct{}  { return c.Current() }
+
+func (c controlPlane) View() api.Reader {
+	select {
+	case <-c.usable:
+		return c.Mirror.View()
+	default:
+		return nil
+	}
+}
 
 // supervision says where the containerd of a node lives.
 func (c *Config) supervision() containerd.SupervisorConfig {
@@ -91,14 +133,14 @@ func openRuntime(ctx context.Context, cfg *Config) (*containerd.Runtime, *contai
 	}
 	rt, err := containerd.New(containerd.Config{
 		Address: address, Dir: cfg.dir("runtime"), RunDir: filepath.Join(cfg.Run, "sandboxes"),
-		CgroupParent: cfg.cgroup(), Logger: cfg.Log.With("part", "runtime"),
+		Namespace: cfg.instance(), CgroupParent: "/" + cfg.instance(), Logger: cfg.Log.With("part", "runtime"),
 	})
 	return rt, sup, err
 }
 
 // newNode opens runtime and network. The control plane need not answer.
 func newNode(ctx context.Context, cfg *Config, authority *pki.Authority, url string, metrics prometheus.Registerer) (_ *node, err error) {
-	n := &node{cfg: cfg, changed: fanout{make(chan struct{}, 1), make(chan struct{}, 1)}}
+	n := &node{cfg: cfg, changed: fanout{make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})}}
 	defer func() {
 		if err != nil {
 			n.close()
@@ -114,8 +156,8 @@ func newNode(ctx context.Context, cfg *Config, authority *pki.Authority, url str
 		return nil, err
 	}
 	n.agent, err = agent.New(agent.Config{
-		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent}, Dir: cfg.dir("agent"),
-		HostIPs: hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
+		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"),
+		HostIPs: hostIPs(cfg.PodCIDR, cfg.ServiceCIDR), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
 		Logger: cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
 	return n, err
@@ -139,7 +181,7 @@ func newMirror(cfg *Config, authority *pki.Authority, url string) (*client.Mirro
 // run works until ctx ends; containers and services are left as they are.
 func (n *node) run(_ context.Context, start func(name string, f func(context.Context) error)) {
 	start("mirror", n.mirror.Run)
-	start("signals", func(ctx context.Context) error { return n.changed.run(ctx, n.mirror.Changed()) })
+	start("signals", func(ctx context.Context) error { return n.changed.run(ctx, n.mirror) })
 	start("network", n.plane.Run)
 	start("services", n.follow)
 	start("agent", n.agent.Run)
@@ -148,7 +190,7 @@ func (n *node) run(_ context.Context, start func(name string, f func(context.Con
 // follow hands the desired network to the kernel whenever the local copy changes.
 func (n *node) follow(ctx context.Context) error {
 	select {
-	case <-n.mirror.Synced():
+	case <-n.changed.usable:
 	case <-ctx.Done():
 		return nil
 	}
@@ -241,7 +283,16 @@ func (n *nodes) Logs(ctx context.Context, _ string, pod *corev1.Pod, opts *corev
 	} else if opts.SinceSeconds != nil {
 		o.Since = time.Now().Add(-time.Duration(*opts.SinceSeconds) * time.Second)
 	}
-	return a.Logs(ctx, pod.Namespace, pod.Name, opts.Container, o, w)
+	return answer(a.Logs(ctx, pod.Namespace, pod.Name, opts.Container, o, w))
+}
+
+// answer makes what the agent does not have, such as the log of a container that was
+// never restarted, a mistake of the request and not of the server.
+func answer(err error) error {
+	if errors.Is(err, agent.ErrNotFound) {
+		return apierrors.NewBadRequest(err.Error())
+	}
+	return err
 }
 
 func (n *nodes) Exec(ctx context.Context, _ string, pod *corev1.Pod, e apiserver.ExecStreams) (int, error) {
@@ -264,19 +315,23 @@ func (n *nodes) Exec(ctx context.Context, _ string, pod *corev1.Pod, e apiserver
 			}
 		}()
 	}
-	return a.Exec(ctx, pod.Namespace, pod.Name, e.Container, cfg)
+	code, err := a.Exec(ctx, pod.Namespace, pod.Name, e.Container, cfg)
+	return code, answer(err)
 }
 
-// hostIPs are this machine's own addresses, global ones first; loopback alone if
-// there is no other.
-func hostIPs() []netip.Addr {
+// hostIPs are this machine's own addresses, loopback if there is no other. The node's
+// ends of pod links, which a restarted agent finds, lie within cluster and are no
+// addresses of the machine.
+func hostIPs(cluster ...netip.Prefix) []netip.Addr {
 	addrs, err := net.InterfaceAddrs()
 	if err != nil {
 		return nil
 	}
 	var list []netip.Addr
 	for _, a := range addrs {
-		if p, err := netip.ParsePrefix(a.String()); err == nil && p.Addr().IsGlobalUnicast() {
+		p, err := netip.ParsePrefix(a.String())
+		ours := slices.ContainsFunc(cluster, func(c netip.Prefix) bool { return c.Contains(p.Addr().Unmap()) })
+		if err == nil && p.Addr().IsGlobalUnicast() && !ours {
 			list = append(list, p.Addr())
 		}
 	}

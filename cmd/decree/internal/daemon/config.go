@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -108,13 +109,13 @@ func (c *Config) complete() error {
 	return nil
 }
 
-// cgroup is the parent of all pods' cgroups; clusters with other data folders on the
-// same machine have others.
-func (c *Config) cgroup() string {
+// instance tells this cluster from others on the same machine, which have other data
+// folders. It names the containerd namespace and the parent of all pods' cgroups.
+func (c *Config) instance() string {
 	if c.Data == DefaultData {
-		return "/decree"
+		return "decree"
 	}
-	return fmt.Sprintf("/decree-%x", sha256.Sum256([]byte(c.Data)))[:16]
+	return fmt.Sprintf("decree-%x", sha256.Sum256([]byte(c.Data)))[:15]
 }
 
 // dir returns a folder below the data folder.
@@ -141,10 +142,10 @@ func lock(data string) (release func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	if err := flock(f); err != nil {
 		f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("data folder %s: %w (pid %d)", data, ErrRunning, lockedBy(data))
+			return nil, fmt.Errorf("data folder %s: decree is %w (pid %d): decree down stops it, --data names another folder", data, ErrRunning, lockedBy(data))
 		}
 		return nil, err
 	}
@@ -157,6 +158,19 @@ func lock(data string) (release func(), err error) {
 		return nil, err
 	}
 	return func() { f.Close() }, nil
+}
+
+// lockPatience is how long a process that was just killed may take to be gone.
+const lockPatience = time.Second
+
+// flock returns syscall.EWOULDBLOCK when another process keeps the lock.
+func flock(f *os.File) error {
+	for end := time.Now().Add(lockPatience); ; time.Sleep(20 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, syscall.EWOULDBLOCK) || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 // lockedBy returns the pid that last took the data folder, 0 if none is known.

@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/raftstore"
@@ -64,7 +65,7 @@ func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 		}
 	}()
 	if s.listener, err = net.Listen("tcp", cfg.Address); err != nil {
-		return nil, fmt.Errorf("API: %w (another cluster? choose --address)", err)
+		return nil, fmt.Errorf("API: %w (another cluster? choose another --address)", err)
 	}
 	if s.authority, err = pki.Open(cfg.dir("pki"), time.Now()); err != nil {
 		return nil, err
@@ -270,7 +271,12 @@ var started = time.Now()
 // sources carries out what operators ask of sources.
 type sources struct{ *server }
 
-func (s *sources) Sync(_ context.Context, source, _ string) error { return s.follower.Sync(source) }
+func (s *sources) Sync(_ context.Context, source, _ string) error {
+	if src, ok := api.Get[*api.Source](s.store.View(), "", source); ok && src.Spec.URL == "" {
+		return apierrors.NewBadRequest(fmt.Sprintf("source %q is a repository of this cluster: a push to it is applied at once, there is nothing to fetch", source))
+	}
+	return s.follower.Sync(source)
+}
 
 func (s *sources) Suspend(ctx context.Context, source, user, reason string) error {
 	return s.suspension(ctx, source, user, &api.Suspension{By: user, At: metav1.NewTime(time.Now().UTC().Truncate(time.Second)), Reason: reason})

@@ -36,12 +36,12 @@ func Up(ctx context.Context, cfg Config, out io.Writer) error {
 	defer s.close()
 	g := newGroup(ctx)
 	s.run(ctx, g.start)
-	fmt.Fprintf(out, "ready in %d ms: API %s, repository decree://%s/%s\n", time.Since(begun).Milliseconds(), s.url(), s.listener.Addr(), BuiltIn)
 	if cfg.Seed != "" {
 		if err := s.seed(ctx, cfg.Seed); err != nil {
 			return errors.Join(err, g.stop())
 		}
 	}
+	fmt.Fprintf(out, "ready in %d ms: API %s, repository decree://%s/%s\n", time.Since(begun).Milliseconds(), s.url(), s.listener.Addr(), BuiltIn)
 	if !cfg.NoAgent {
 		n, err := newNode(g.ctx, &cfg, s.authority, s.url(), s.metrics)
 		if err != nil {

@@ -1,0 +1,109 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"decree.dev/decree/netplane/netspace"
+)
+
+// load is a stream of requests, each over a connection of its own.
+type load struct {
+	stop   context.CancelFunc
+	group  sync.WaitGroup
+	mu     sync.Mutex
+	served int
+	failed []string
+}
+
+// startLoad asks url from inside the world's network, with four clients.
+func startLoad(t *testing.T, l *live, url string) *load {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	s := &load{stop: cancel}
+	netns := filepath.Join("/run/netns", l.netns)
+	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, network, address string) (conn net.Conn, err error) {
+			err = netspace.Do(netns, func() (err error) {
+				conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
+				return err
+			})
+			return conn, err
+		},
+	}}
+	for range 4 {
+		s.group.Go(func() {
+			for ctx.Err() == nil {
+				err := ask(client, url)
+				s.mu.Lock()
+				if err == nil {
+					s.served++
+				} else {
+					s.failed = append(s.failed, time.Now().Format("15:04:05.000 ")+err.Error())
+				}
+				s.mu.Unlock()
+			}
+		})
+	}
+	return s
+}
+
+func ask(client *http.Client, url string) error {
+	resp, err := client.Get(url)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(io.Discard, resp.Body); err != nil {
+		return err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return fmt.Errorf("status %s", resp.Status)
+	}
+	return nil
+}
+
+// check ends the stream. Not one request may have failed.
+func (s *load) check(t *testing.T) {
+	t.Helper()
+	s.stop()
+	s.group.Wait()
+	t.Logf("%d requests served", s.served)
+	if len(s.failed) > 0 {
+		t.Errorf("%d of %d requests failed:\n%s", len(s.failed), s.served+len(s.failed), strings.Join(s.failed[:min(len(s.failed), 20)], "\n"))
+	}
+	if s.served < 200 {
+		t.Errorf("only %d requests: the test proves little", s.served)
+	}
+}
+
+// TestRollout changes, scales and rolls back an application under load: a request
+// that finds a service is answered.
+func TestRollout(t *testing.T) {
+	l := newLive(t)
+	ip := strings.TrimSpace(l.must(t, "decree get service hello -o jsonpath={.spec.clusterIP}"))
+	before := l.read(t, "hello.cue")
+	l.push(t, "hello.cue", strings.Replace(before, "replicas: 2", "replicas: 4", 1))
+	four := l.read(t, "hello.cue")
+	s := startLoad(t, l, "http://"+ip+"/")
+	for n := range 3 {
+		out := l.push(t, "hello.cue", strings.Replace(four, "replicas: 4", fmt.Sprintf("replicas: 4\n\tenv: ROUND: \"%d\"", n), 1))
+		contains(t, out, "healthy after")
+	}
+	l.push(t, "hello.cue", strings.Replace(four, "replicas: 4", "replicas: 1\n\tenv: ROUND: \"2\"", 1))
+	l.eventually(t, "decree get pods", func(out string) bool { return lines(out) == 1 && running(out) == 1 })
+	for range 2 {
+		l.must(t, "git revert --no-edit HEAD && git push && git revert --no-edit HEAD && git push")
+	}
+	s.check(t)
+	l.end(t)
+}
