@@ -111,7 +111,12 @@ func TestPodFromGit(t *testing.T) {
 	changed := from(pod("p", "n1"), "shop")
 	changed.Spec.Containers[0].Image = "other"
 	w.refuse(command.Forbidden, txn(api.Update, changed), "comes from git")
-	w.must(txn(api.Update, from(pod("p", "n1"), "shop"))) // bound
+	bound := from(pod("p", "n1"), "shop")
+	api.SetPodCondition(bound, corev1.PodCondition{Type: corev1.PodScheduled, Status: corev1.ConditionTrue}, time.Unix(1, 0)) // as the scheduler says it
+	w.must(txn(api.Update, bound))
+	if p := fetch[*corev1.Pod](w, "default", "p"); api.PodCondition(p, corev1.PodScheduled) == nil {
+		t.Errorf("a bound pod from git does not say that it is scheduled: %+v", p.Status)
+	}
 	running := pod("p", "")
 	running.Status.Phase = corev1.PodRunning
 	w.must(txn(api.UpdateStatus, running))

@@ -105,14 +105,17 @@ func (d *draft) mayUpdate(m *api.Mutation, old, o api.Object) *command.Rejection
 }
 
 // keptFromGit reports whether the update of old to o leaves alone what comes from
-// Git: outside a commit, an object from there may only be bound to a node.
+// Git: outside a commit, an object from there may only be bound to a node. The status,
+// which a binding touches too, does not come from Git.
 func (d *draft) keptFromGit(old, o api.Object) bool {
 	if d.txn.Commit != nil || sourceOf(old) == "" {
 		return true
 	}
 	if p, ok := o.(*corev1.Pod); ok {
-		o = shallow(p)
-		o.(*corev1.Pod).Spec.NodeName = old.(*corev1.Pod).Spec.NodeName
+		before := old.(*corev1.Pod)
+		p = shallow(p).(*corev1.Pod)
+		p.Spec.NodeName, p.Status = before.Spec.NodeName, before.Status
+		o = p
 	}
 	return equal(o, old)
 }
