@@ -35,8 +35,11 @@ func newLive(t *testing.T) *live {
 	w := newWorld(t)
 	writeImage(t, filepath.Join(w.dir, "bin/images/busybox.tar"))
 	w.up(t)
-	path, err := exec.LookPath("kubectl")
+	path, err := filepath.Abs(root + "/bin/debian/usr/bin/kubectl")
 	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(path); err != nil {
 		t.Fatalf("%v; run: go tool task setup-test", err)
 	}
 	l := &live{world: w, kubectl: path}
