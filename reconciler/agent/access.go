@@ -37,18 +37,49 @@ func (a *Agent) Exec(ctx context.Context, namespace, pod, container string, cfg 
 	if container, err = chooseContainer(p, container); err != nil {
 		return 0, err
 	}
-	if s != nil {
-		for _, c := range s.Containers {
-			if c.Name == container && c.State == Running {
-				code, err := a.cfg.Runtime.Exec(ctx, c.ID, cfg)
-				if err != nil {
-					return 0, fmt.Errorf("exec in container %s of pod %s/%s: %w", container, namespace, pod, err)
-				}
-				return code, nil
-			}
+	id, ok := runningContainer(s, container)
+	if !ok {
+		// The newest list may be older than the start that the client has seen reported.
+		if id, ok, err = a.lookAgain(ctx, p.UID, container); err != nil {
+			return 0, fmt.Errorf("exec in container %s of pod %s/%s: %w", container, namespace, pod, err)
 		}
 	}
-	return 0, fmt.Errorf("exec in container %s of pod %s/%s: the container does not run: %w", container, namespace, pod, ErrNotFound)
+	if !ok {
+		return 0, fmt.Errorf("exec in container %s of pod %s/%s: the container does not run: %w", container, namespace, pod, ErrNotFound)
+	}
+	code, err := a.cfg.Runtime.Exec(ctx, id, cfg)
+	if err != nil {
+		return 0, fmt.Errorf("exec in container %s of pod %s/%s: %w", container, namespace, pod, err)
+	}
+	return code, nil
+}
+
+// runningContainer finds the running attempt of a container in a sandbox, which may
+// be nil.
+func runningContainer(s *Sandbox, name string) (id string, ok bool) {
+	if s == nil {
+		return "", false
+	}
+	for _, c := range s.Containers {
+		if c.Name == name && c.State == Running {
+			return c.ID, true
+		}
+	}
+	return "", false
+}
+
+// lookAgain asks the runtime itself for a running container.
+func (a *Agent) lookAgain(ctx context.Context, pod types.UID, container string) (id string, ok bool, err error) {
+	list, err := a.cfg.Runtime.List(ctx)
+	if err != nil {
+		return "", false, err
+	}
+	for i := range list {
+		if list[i].UID == pod {
+			id, ok = runningContainer(&list[i], container)
+		}
+	}
+	return id, ok, nil
 }
 
 // find returns a pod of this node and its sandbox, which may be nil. Of two pods
