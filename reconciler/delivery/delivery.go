@@ -186,3 +186,33 @@ func suspended(src *api.Source) error {
 	}
 	return nil
 }
+
+// Suspend records that an operator has stopped a source, or lets it go on when to is
+// nil. From then on none of its commits comes into force; what runs goes on.
+func (p *Pipeline) Suspend(ctx context.Context, source, user string, to *api.Suspension) error {
+	reason := "suspend"
+	if to == nil {
+		reason = "resume"
+	}
+	for range maxSteps {
+		_, src, err := p.read(ctx, source)
+		if err != nil {
+			return err
+		}
+		next := api.Clone(src)
+		next.Status.Suspended = to
+		res, err := p.Store.Propose(ctx, command.Txn{
+			Time: time.Now().UnixMilli(), Actor: "user/" + user, Reason: reason,
+			Mutations: []api.Mutation{api.Guarded(api.UpdateStatus, next)},
+		})
+		switch {
+		case err != nil:
+			return fmt.Errorf("source %q: %s: %w", source, reason, err)
+		case res.Rejected == nil:
+			return nil
+		case res.Rejected.Code != command.Conflict: // a poll wrote its result just now
+			return fmt.Errorf("source %q: %s: %w", source, reason, res.Rejected)
+		}
+	}
+	return fmt.Errorf("source %q: %s: its status kept changing: try again", source, reason)
+}

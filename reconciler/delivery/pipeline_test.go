@@ -324,9 +324,23 @@ func TestStoreErrors(t *testing.T) {
 
 func TestSuspendedSourceTakesNothing(t *testing.T) {
 	w := newWorld(t)
-	src := api.Clone(w.source("decree"))
-	src.Status.Suspended = &api.Suspension{By: "bob", At: metav1.Now(), Reason: "freeze"}
-	w.mutate(api.Guarded(api.UpdateStatus, src))
+	var once sync.Once
+	w.store.onPropose(func(txn command.Txn) error {
+		if txn.Actor == "user/bob" { // something else is written in between, and must stay
+			once.Do(func() {
+				src := api.Clone(w.source("decree"))
+				src.Status.Fetched = "123"
+				w.mutate(api.Guarded(api.UpdateStatus, src))
+			})
+		}
+		return nil
+	})
+	if err := w.pipeline.Suspend(w.ctx(), "decree", "bob", &api.Suspension{By: "bob", At: metav1.Now(), Reason: "freeze"}); err != nil {
+		t.Fatal(err)
+	}
+	if s := w.source("decree").Status; s.Fetched != "123" || s.Suspended == nil {
+		t.Errorf("%+v", s)
+	}
 	_, err := w.pipeline.Deliver(w.ctx(), delivery.Request{Source: "decree", Commit: commit("x", tree(configMap("a", "1")))})
 	if !errors.Is(err, delivery.ErrSuspended) {
 		t.Fatal(err)
@@ -334,6 +348,13 @@ func TestSuspendedSourceTakesNothing(t *testing.T) {
 	contains(t, err.Error(), "bob", "freeze", "decree source resume decree")
 	if w.compiler.runs() != 0 {
 		t.Error("it was compiled")
+	}
+	if err := w.pipeline.Suspend(w.ctx(), "decree", "bob", nil); err != nil {
+		t.Fatal(err)
+	}
+	w.applied(commit("x", tree(configMap("a", "1"))))
+	if err := w.pipeline.Suspend(w.ctx(), "nobody", "bob", nil); !errors.Is(err, delivery.ErrNoSource) {
+		t.Error(err)
 	}
 }
 

@@ -56,14 +56,15 @@ type SourceStatus struct {
 	// Fetched is the newest commit seen, Applied the one in force.
 	Fetched string `json:"fetched,omitempty"`
 	Applied string `json:"applied,omitempty"`
-	// AppliedAt is when Applied came into force, FetchedAt the last good fetch.
+	// AppliedAt is when Applied came into force; FetchedAt when the last good fetch
+	// brought something new, or the first after a failure.
 	AppliedAt *metav1.Time `json:"appliedAt,omitempty"`
 	FetchedAt *metav1.Time `json:"fetchedAt,omitempty"`
 	// Objects is how many objects the applied commit has.
 	Objects int64 `json:"objects,omitempty"`
 	// Suspended, when set, is an operator's `decree source suspend`.
 	Suspended *Suspension `json:"suspended,omitempty"`
-	// Conditions: "Ready" is False with reason FetchError, VerifyError, CompileError
+	// Conditions: "Ready" is False with reason FetchError, Rewound, CompileError
 	// or PlanRefused since lastTransitionTime when following does not work.
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
 }

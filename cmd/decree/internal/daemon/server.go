@@ -287,29 +287,21 @@ func (s *sources) Resume(ctx context.Context, source, user string) error {
 }
 
 func (s *sources) suspension(ctx context.Context, source, user string, to *api.Suspension) error {
-	src, ok := api.Get[*api.Source](s.store.View(), "", source)
-	if !ok {
-		return fmt.Errorf("source %q: %w", source, apiserver.ErrNotFound)
+	return known(s.pipeline.Suspend(ctx, source, user, to))
+}
+
+// known tells the API in its own words that there is no such source.
+func known(err error) error {
+	if errors.Is(err, delivery.ErrNoSource) {
+		return fmt.Errorf("%w: %w", apiserver.ErrNotFound, err)
 	}
-	next := api.Clone(src)
-	next.Status.Suspended = to
-	res, err := s.store.Propose(ctx, command.Txn{
-		Time: time.Now().UnixMilli(), Actor: "user/" + user, Reason: "suspend or resume",
-		Mutations: []api.Mutation{{Verb: api.UpdateStatus, Key: api.KeyOf(next), Object: next, Revision: api.RevisionOf(src)}},
-	})
-	if err != nil {
-		return err
-	}
-	return res.Err()
+	return err
 }
 
 func (s *sources) Plan(ctx context.Context, source string, tree fs.FS) (*apiserver.Plan, error) {
 	out, err := s.pipeline.DryRun(ctx, source, tree)
-	if errors.Is(err, delivery.ErrNoSource) {
-		return nil, fmt.Errorf("%w: %w", apiserver.ErrNotFound, err)
-	}
 	if err != nil {
-		return nil, err
+		return nil, known(err)
 	}
 	return &apiserver.Plan{Changes: out.Plan.Changes, Unchanged: out.Plan.Unchanged, Refusals: out.Diagnostics}, nil
 }
