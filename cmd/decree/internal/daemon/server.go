@@ -275,7 +275,11 @@ func (s *sources) Sync(_ context.Context, source, _ string) error {
 	if src, ok := api.Get[*api.Source](s.store.View(), "", source); ok && src.Spec.URL == "" {
 		return apierrors.NewBadRequest(fmt.Sprintf("source %q is a repository of this cluster: a push to it is applied at once, there is nothing to fetch", source))
 	}
-	return s.follower.Sync(source)
+	err := s.follower.Sync(source)
+	if errors.Is(err, delivery.ErrSuspended) {
+		return apierrors.NewBadRequest(err.Error())
+	}
+	return err
 }
 
 func (s *sources) Suspend(ctx context.Context, source, user, reason string) error {
