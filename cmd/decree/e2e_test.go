@@ -313,6 +313,14 @@ func (w *world) restart(t *testing.T) {
 	if got := restarts(w.must(t, "decree get pods")); got != 1 {
 		t.Errorf("restarts counted after the restart of decree: %d, want the 1 from before", got)
 	}
+	// After down nothing runs, and the next up must not call that healthy.
+	w.stop(t)
+	w.must(t, "decree down")
+	if out, code := w.run(t, "pidof hello"); code == 0 {
+		t.Errorf("after down these processes run: %s", out)
+	}
+	w.up(t)
+	w.must(t, "curl -sS --max-time 5 http://"+w.serviceIP+"/")
 }
 
 // run executes one line in the world's shell.

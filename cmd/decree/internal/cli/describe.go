@@ -11,7 +11,9 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 
 	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/schemas/api"
@@ -83,6 +85,37 @@ type relations struct {
 	pods      []*corev1.Pod                // on a node
 	sets      []*appsv1.ReplicaSet         // of a deployment
 	revisions []*api.Revision              // of a source, newest first
+	origin    string                       // in Git, of a derived object: through its owners
+}
+
+// maxOwners is how many owners up an origin is looked for.
+const maxOwners = 4
+
+// originOf follows the owners of a derived object up to the one that is written in
+// Git; "" if there is none.
+func originOf(ctx context.Context, c *client.Client, o api.Object) (string, error) {
+	for range maxOwners {
+		ref := metav1.GetControllerOf(o)
+		if ref == nil {
+			return "", nil
+		}
+		kind, ok := api.KindForGVK(schema.FromAPIVersionAndKind(ref.APIVersion, ref.Kind))
+		if !ok {
+			return "", nil
+		}
+		owner, err := c.GetObject(ctx, kind, o.GetNamespace(), ref.Name)
+		if apierrors.IsNotFound(err) {
+			return "", nil
+		}
+		if err != nil {
+			return "", err
+		}
+		if g, ok := api.OriginOf(owner); ok {
+			return fmt.Sprintf("%s (through %s)", g, api.KeyOf(owner)), nil
+		}
+		o = owner
+	}
+	return "", nil
 }
 
 // related reads what belongs into the description of o.
@@ -104,6 +137,9 @@ func related(ctx context.Context, c *client.Client, o api.Object) (r relations, 
 		slices.SortFunc(r.revisions, func(a, b *api.Revision) int { return cmp.Compare(api.RevisionOf(b), api.RevisionOf(a)) })
 	}
 	if err != nil {
+		return r, err
+	}
+	if r.origin, err = originOf(ctx, c, o); err != nil {
 		return r, err
 	}
 	r.events, _, err = client.List[*corev1.Event](ctx, c, client.ListOptions{

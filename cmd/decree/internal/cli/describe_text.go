@@ -28,6 +28,8 @@ func describe(out io.Writer, o api.Object, r relations, now time.Time) error {
 	w.line("Kind:", api.KindOf(o).Kind)
 	if g, ok := api.OriginOf(o); ok {
 		w.line("From:", g.String())
+	} else if r.origin != "" {
+		w.line("From:", r.origin)
 	}
 	if ref := metav1.GetControllerOf(o); ref != nil {
 		w.line("Controlled By:", ref.Kind+"/"+ref.Name)

@@ -74,7 +74,8 @@ func downCmd(e *env) *cobra.Command {
 		Use:   "down",
 		Short: "Stop the cluster on this machine with its containers, services and pod networks",
 		Long: `Down stops decree, its containers, its containerd, and removes what it put into the
-kernel. Data stay: the next up starts everything again. With --purge they go too:
+kernel. Containers get their termination grace, 30 seconds unless their pod says
+else. Data stay: the next up starts everything again. With --purge they go too:
 repositories, history, images, certificates. There is no way back from that.`,
 		Example: `  decree down
   decree down --purge`,

@@ -5,13 +5,15 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 
-	"decree.dev/decree/reconciler/delivery"
+	"decree.dev/decree/reconciler/agent"
 	"decree.dev/decree/reconciler/replicated"
 	"decree.dev/decree/reconciler/workload"
 	"decree.dev/decree/schemas/api"
@@ -53,7 +55,7 @@ func Up(ctx context.Context, cfg Config, out io.Writer) error {
 		}
 		s.nodes.agent.Store(n.agent)
 		n.run(ctx, g.start)
-		g.start("greeting", func(ctx context.Context) error { return s.greet(ctx, begun, out) })
+		g.start("greeting", func(ctx context.Context) error { return s.greet(ctx, n, begun, out) })
 	}
 	return g.wait()
 }
@@ -96,12 +98,12 @@ func (g *group) wait() error {
 
 // greet says what to try, waits until everything in the repository is healthy, and
 // says so.
-func (s *server) greet(ctx context.Context, begun time.Time, out io.Writer) error {
-	p := &delivery.Pipeline{Store: replicated.Store{Store: s.store}}
+func (s *server) greet(ctx context.Context, n *node, begun time.Time, out io.Writer) error {
+	st := replicated.Store{Store: s.store}
 	fmt.Fprintf(out, "try in another terminal:\n  decree get pods\n  git clone decree://%s/%s repo\n  decree status\n", s.listener.Addr(), BuiltIn)
 	fmt.Fprintln(out, "Ctrl-C stops decree and leaves containers running; decree down stops them too")
 	for {
-		view := p.Store.View()
+		view := st.View()
 		ready, total := 0, 0
 		for d := range api.List[*appsv1.Deployment](view, "") {
 			total++
@@ -109,25 +111,44 @@ func (s *server) greet(ctx context.Context, begun time.Time, out io.Writer) erro
 				ready++
 			}
 		}
-		if ready == total && s.nodeReady(view) {
+		if ready == total && n.runs(ctx, view) {
 			fmt.Fprintf(out, "healthy after %d ms: %d of %d deployments\n", time.Since(begun).Milliseconds(), ready, total)
 			return nil
 		}
-		if err := p.Store.Await(ctx, view.Revision(), ""); err != nil {
+		if err := st.Await(ctx, view.Revision(), ""); err != nil {
 			return err
 		}
 	}
 }
 
-func (s *server) nodeReady(view api.Reader) bool {
-	n, ok := api.Get[*corev1.Node](view, "", s.cfg.Node)
-	if !ok {
+// runs reports whether what a view says of this node is true at this moment. After a
+// stop the view holds the status of before until the agent has looked at its pods.
+func (n *node) runs(ctx context.Context, view api.Reader) bool {
+	self, ok := api.Get[*corev1.Node](view, "", n.cfg.Node)
+	if !ok || !slices.ContainsFunc(self.Status.Conditions, func(c corev1.NodeCondition) bool {
+		return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+	}) {
 		return false
 	}
-	for _, c := range n.Status.Conditions {
-		if c.Type == corev1.NodeReady {
-			return c.Status == corev1.ConditionTrue
+	sandboxes, err := n.runtime.List(ctx)
+	if err != nil {
+		return false
+	}
+	running := map[string]bool{}
+	for _, s := range sandboxes {
+		for _, c := range s.Containers {
+			running[c.ID] = c.State == agent.Running
 		}
 	}
-	return false
+	for p := range api.List[*corev1.Pod](view, "") {
+		if p.Spec.NodeName != n.cfg.Node || !api.PodReady(p) {
+			continue
+		}
+		for _, c := range p.Status.ContainerStatuses {
+			if _, id, _ := strings.Cut(c.ContainerID, "://"); !running[id] {
+				return false
+			}
+		}
+	}
+	return true
 }

@@ -3,58 +3,12 @@ package main
 import (
 	"encoding/base64"
 	"fmt"
-	"io"
-	"log"
-	"net"
-	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/registry"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-
-	"decree.dev/decree/netplane/netspace"
 )
-
-// privateRegistry serves the busybox image to "ada" with the password "sesame", on
-// loopback in the world's network. It returns the registry's address.
-func privateRegistry(t *testing.T, l *live) string {
-	t.Helper()
-	images := registry.New(registry.Logger(log.New(io.Discard, "", 0)))
-	open := httptest.NewServer(images)
-	t.Cleanup(open.Close)
-	to, err := name.ParseReference(strings.TrimPrefix(open.URL, "http://")+"/team/busybox:1", name.Insecure)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := remote.Write(to, busyboxImage(t)); err != nil {
-		t.Fatal(err)
-	}
-	guarded := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if user, password, _ := r.BasicAuth(); user != "ada" || password != "sesame" {
-			w.Header().Set("WWW-Authenticate", `Basic realm="images"`)
-			w.WriteHeader(http.StatusUnauthorized)
-			return
-		}
-		images.ServeHTTP(w, r)
-	}))
-	guarded.Listener.Close()
-	err = netspace.Do(filepath.Join("/run/netns", l.netns), func() (err error) {
-		guarded.Listener, err = net.Listen("tcp", "127.0.0.1:0")
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	guarded.Start()
-	t.Cleanup(guarded.Close)
-	return guarded.Listener.Addr().String()
-}
 
 // bare is a pod without an owner, with one container.
 func bare(podName, spec, container string) string {
@@ -75,12 +29,12 @@ func bare(podName, spec, container string) string {
 // needs credentials, the same without, one with volumes, and one that fits nowhere.
 func TestBarePods(t *testing.T) {
 	l := newLive(t)
-	address := privateRegistry(t, l)
-	auth := fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, address, base64.StdEncoding.EncodeToString([]byte("ada:sesame")))
+	address, _ := privateRegistry(t, l)
+	auth := fmt.Sprintf(`{"auths":{%q:{"auth":%q}}}`, address, base64.StdEncoding.EncodeToString([]byte("robot:secret")))
 	image := func(script string) string {
 		return fmt.Sprintf(`image: %q, command: ["sh", "-c", %q]`, busybox, script)
 	}
-	private := fmt.Sprintf(`image: "%s/team/busybox:1", imagePullPolicy: "Always", command: ["sleep", "1000"]`, address)
+	private := fmt.Sprintf(`image: "%s/team/app:v1", imagePullPolicy: "Always", command: ["sleep", "1000"]`, address)
 	text := fmt.Sprintf(`package hello
 
 import core "k8s.io/api/core/v1"
