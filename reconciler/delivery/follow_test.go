@@ -547,3 +547,18 @@ func TestRefusedCommitIsTriedAgainWhenAsked(t *testing.T) {
 		t.Errorf("%v", results)
 	}
 }
+
+// What a Secret holds for ssh reaches the fetch as it is; gitsource's TestFetchSSH
+// shows what the fetch does with it.
+func TestFollowSSHCredentials(t *testing.T) {
+	f := newWorld(t).follow()
+	f.secret("ssh", map[string]string{"identity": "a key", "known_hosts": "a host"})
+	f.fetcher.answer(func(int) (*gitsource.Fetched, error) { return nil, errors.New("no such host") })
+	f.external("shop", "ssh://git@git.example.com/shop.git", ref("ssh"))
+	f.awaitReason("shop", delivery.ReasonFetchError)
+	f.fetcher.mu.Lock()
+	defer f.fetcher.mu.Unlock()
+	if a := f.fetcher.remote.Auth; string(a.SSHKey) != "a key" || string(a.KnownHosts) != "a host" {
+		t.Errorf("the fetch got %q and %q", a.SSHKey, a.KnownHosts)
+	}
+}
