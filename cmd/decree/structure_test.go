@@ -17,7 +17,7 @@ const module = "decree.dev/decree/"
 
 // pure packages decide; they touch neither clock nor world.
 var pure = []string{
-	"schemas/api", "raftstore/command", "raftstore/state", "raftstore/audit",
+	"schemas/api", "schemas/compile/rules", "raftstore/command", "raftstore/state", "raftstore/audit",
 	"reconciler/plan", "reconciler/workload", "reconciler/schedule",
 	"netplane/render", "netplane/diff",
 }
