@@ -11,9 +11,6 @@ import (
 // version is set by the linker.
 var version = "dev"
 
-// Version says which build this is.
-func Version() string { return version }
-
 func versionCmd(e *env) *cobra.Command {
 	var output string
 	c := &cobra.Command{

@@ -109,7 +109,7 @@ func (c controlPlane) View() api.Reader {
 
 // supervision says where the containerd of a node lives.
 func (c *Config) supervision() containerd.SupervisorConfig {
-	return containerd.SupervisorConfig{Dir: c.dir("containerd"), RunDir: filepath.Join(c.Run, "containerd"), Logger: c.Log.With("part", "containerd")}
+	return containerd.SupervisorConfig{Dir: c.dir("containerd"), RunDir: c.containerdRun(), Logger: c.Log.With("part", "containerd")}
 }
 
 // network says what the network of a node is made of.
@@ -132,7 +132,7 @@ func openRuntime(ctx context.Context, cfg *Config) (*containerd.Runtime, *contai
 		address = sup.Address()
 	}
 	rt, err := containerd.New(containerd.Config{
-		Address: address, Dir: cfg.dir("runtime"), RunDir: filepath.Join(cfg.Run, "sandboxes"),
+		Address: address, Dir: cfg.dir("runtime"), RunDir: cfg.sandboxRun(),
 		Namespace: cfg.instance(), CgroupParent: "/" + cfg.instance(), Logger: cfg.Log.With("part", "runtime"),
 	})
 	return rt, sup, err

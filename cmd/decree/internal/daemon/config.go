@@ -123,6 +123,11 @@ func (c *Config) dir(parts ...string) string {
 	return filepath.Join(append([]string{c.Data}, parts...)...)
 }
 
+// containerdRun and sandboxRun are the folders below Run; whatever else lies there is
+// not ours.
+func (c *Config) containerdRun() string { return filepath.Join(c.Run, "containerd") }
+func (c *Config) sandboxRun() string    { return filepath.Join(c.Run, "sandboxes") }
+
 // Kubeconfig is where `decree up` writes the administrator's credentials.
 func Kubeconfig(data string) string { return filepath.Join(data, "admin.kubeconfig") }
 

@@ -28,6 +28,10 @@ func Down(ctx context.Context, cfg Config, purge bool) error {
 	if _, err := os.Stat(cfg.Data); errors.Is(err, os.ErrNotExist) {
 		return nil // nothing was ever made
 	}
+	// Purge removes whole folders: only those that a decree has locked before.
+	if _, err := os.Stat(cfg.dir(lockFile)); errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("%s is not a data folder of decree: it has no %s; nothing was touched", cfg.Data, lockFile)
+	}
 	release, err := stopRunning(ctx, cfg.Data)
 	if err != nil {
 		return err
@@ -46,7 +50,13 @@ func Down(ctx context.Context, cfg Config, purge bool) error {
 			return err
 		}
 	}
-	return errors.Join(removeAll(cfg.Run), removeAll(cfg.Data))
+	for _, dir := range []string{cfg.containerdRun(), cfg.sandboxRun(), cfg.Data} {
+		if err := removeAll(dir); err != nil {
+			return err
+		}
+	}
+	_ = os.Remove(cfg.Run) // only when nothing of others lives there
+	return nil
 }
 
 // stopRunning ends the decree that holds the data folder and takes its place.

@@ -83,6 +83,9 @@ func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 	if err := s.store.WaitReady(readyCtx); err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
+	// The ranges were settled when the cluster was born, whatever the flags say now.
+	born := s.store.View().Settings()
+	cfg.ServiceCIDR, cfg.PodCIDR, cfg.DNS = born.ServiceCIDR, born.PodCIDR, born.DNS
 	if err := s.bootstrap(ctx); err != nil {
 		return nil, err
 	}
