@@ -55,7 +55,7 @@ func (s *Server) serveCoreVersions(w http.ResponseWriter, _ *http.Request) {
 func (s *Server) serveGroups(w http.ResponseWriter, _ *http.Request) {
 	list := metav1.APIGroupList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "APIGroupList"}, Groups: []metav1.APIGroup{}}
 	var seen []string
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		if k.Group != "" && !slices.Contains(seen, k.Group) {
 			seen = append(seen, k.Group)
 			list.Groups = append(list.Groups, apiGroup(k.Group))
@@ -66,7 +66,7 @@ func (s *Server) serveGroups(w http.ResponseWriter, _ *http.Request) {
 
 func apiGroup(name string) metav1.APIGroup {
 	g := metav1.APIGroup{Name: name}
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		v := metav1.GroupVersionForDiscovery{GroupVersion: k.GroupVersion().String(), Version: k.Version}
 		if k.Group == name && !slices.Contains(g.Versions, v) {
 			g.Versions = append(g.Versions, v)
@@ -95,7 +95,7 @@ var readVerbs = metav1.Verbs{"get", "list", "watch"}
 func (s *Server) serveResources(w http.ResponseWriter, r *http.Request) {
 	gv := schema.GroupVersion{Group: r.PathValue("group"), Version: r.PathValue("version")}
 	list := metav1.APIResourceList{TypeMeta: metav1.TypeMeta{APIVersion: "v1", Kind: "APIResourceList"}, GroupVersion: gv.String(), APIResources: []metav1.APIResource{}}
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		if k.GroupVersion() != gv {
 			continue
 		}

@@ -62,7 +62,7 @@ func parseTarget(gv schema.GroupVersion, path string) (target, error) {
 	if parts[0] == "namespaces" && len(parts) > 2 && !namespaceSubresource(gv, parts) {
 		t.namespace, parts = parts[1], parts[2:]
 	}
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		if k.Plural == parts[0] && k.Group == gv.Group && k.Version == gv.Version {
 			t.kind = k
 		}

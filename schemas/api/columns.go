@@ -68,6 +68,13 @@ var (
 		number("Data", func(o *corev1.Secret) int64 { return int64(len(o.Data)) }),
 		ageColumn,
 	}
+	serverColumns = []Column{
+		text("Node", func(o *Server) string { return o.Spec.Node }),
+		text("Address", func(o *Server) string { return o.Spec.Address }),
+		text("Site", func(o *Server) string { return none(o.Spec.Site) }),
+		text("Version", func(o *Server) string { return known(o.Status.Version) }),
+		ageColumn,
+	}
 	eventColumns = []Column{
 		{Name: "Last Seen", Type: "string", Value: func(o Object, now time.Time) any { return age(eventLast(o.(*corev1.Event)), now) }},
 		text("Type", func(o *corev1.Event) string { return o.Type }),

@@ -27,6 +27,28 @@ func (r *Revision) DeepCopyObject() runtime.Object {
 	return &c
 }
 
+// DeepCopyObject implements runtime.Object.
+func (s *Server) DeepCopyObject() runtime.Object {
+	c := *s
+	s.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	return &c
+}
+
+// DeepCopyObject implements runtime.Object.
+func (a *Authority) DeepCopyObject() runtime.Object {
+	c := *a
+	a.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	c.Spec.CAs = append(a.Spec.CAs[:0:0], a.Spec.CAs...)
+	return &c
+}
+
+// DeepCopyObject implements runtime.Object.
+func (t *JoinToken) DeepCopyObject() runtime.Object {
+	c := *t
+	t.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	return &c
+}
+
 // clonePtr copies what p points to; T must hold no pointers that are written to.
 func clonePtr[T any](p *T) *T {
 	if p == nil {

@@ -26,6 +26,9 @@ const (
 	EndpointSlices Resource = "endpointslices.discovery.k8s.io"
 	Sources        Resource = "sources.decree.dev"
 	Revisions      Resource = "revisions.decree.dev"
+	Servers        Resource = "servers.decree.dev"
+	Authorities    Resource = "authorities.decree.dev" // internal
+	JoinTokens     Resource = "jointokens.decree.dev"  // internal
 )
 
 // Kind is everything Decree needs to know about a kind to serve it.
@@ -36,6 +39,8 @@ type Kind struct {
 	Singular   string
 	ShortNames []string
 	Namespaced bool
+	// Internal kinds are replicated like the others, and never served.
+	Internal bool
 	// CUE is the definition that validates the kind in the schemas module, as
 	// "import/path#Definition". Empty: the kind cannot be written in Git, Decree
 	// derives it.
@@ -80,6 +85,9 @@ var kinds = []*Kind{
 	{GroupVersionKind: discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), Plural: "endpointslices", Namespaced: true, New: fresh[discoveryv1.EndpointSlice], Columns: endpointSliceColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Source"), Plural: "sources", ShortNames: []string{"src"}, CUE: "decree.dev/v1#Source", New: fresh[Source], Columns: sourceColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Revision"), Plural: "revisions", ShortNames: []string{"rev"}, New: fresh[Revision], Columns: revisionColumns, Fields: revisionFields},
+	{GroupVersionKind: GroupVersion.WithKind("Server"), Plural: "servers", New: fresh[Server], Columns: serverColumns},
+	{GroupVersionKind: GroupVersion.WithKind("Authority"), Plural: "authorities", Internal: true, New: fresh[Authority]},
+	{GroupVersionKind: GroupVersion.WithKind("JoinToken"), Plural: "jointokens", Internal: true, New: fresh[JoinToken]},
 }
 
 func core(kind string) schema.GroupVersionKind { return corev1.SchemeGroupVersion.WithKind(kind) }
@@ -112,12 +120,21 @@ func init() {
 		if k.Default == nil {
 			k.Default = defaults[k.Resource]
 		}
+		if !k.Internal {
+			served = append(served, k)
+		}
 		byResource[k.Resource], byGVK[gvk], byType[reflect.TypeOf(bare())] = k, k, k
 	}
 }
 
 // Kinds returns all kinds in a fixed order. The slice must not be modified.
 func Kinds() []*Kind { return kinds }
+
+// Served returns the kinds that the API shows, in a fixed order. The slice must not
+// be modified.
+func Served() []*Kind { return served }
+
+var served []*Kind
 
 // KindFor returns the kind of a resource.
 func KindFor(r Resource) (*Kind, bool) { k, ok := byResource[r]; return k, ok }

@@ -207,7 +207,7 @@ func unknownKind(f found, pos api.Position) api.Diagnostic {
 		Found: fmt.Sprintf("apiVersion %q, kind %q", f.apiVersion, f.kind),
 	}
 	var names []string
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		if !k.FromGit() {
 			continue
 		}

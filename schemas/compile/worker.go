@@ -112,7 +112,7 @@ func (w *worker) request() (opts wireOptions, t *tree, err error) {
 // preload builds the definitions of all kinds and of the short form, so that a waiting
 // worker has done all that does not depend on the tree.
 func (d *definitions) preload() error {
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		if !k.FromGit() {
 			continue
 		}

@@ -64,7 +64,7 @@ func targets(args []string) ([]target, error) {
 // kindNamed finds a kind by plural, singular or short name, and with its group.
 func kindNamed(word string) (*api.Kind, error) {
 	w := strings.ToLower(word)
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		if w == k.Plural || w == k.Singular || w == string(k.Resource) || w == singular(k) || slices.Contains(k.ShortNames, w) {
 			return k, nil
 		}
@@ -82,7 +82,7 @@ func kindArgs(_ *cobra.Command, args []string) error {
 
 func plurals() []string {
 	var list []string
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		list = append(list, k.Plural)
 	}
 	slices.Sort(list)
