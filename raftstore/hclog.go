@@ -20,7 +20,8 @@ type hclogger struct {
 
 var _ hclog.Logger = (*hclogger)(nil)
 
-func newHclog(l *slog.Logger) hclog.Logger { return &hclogger{log: l.With("component", "raft")} }
+// RaftLogger is a logger for hashicorp/raft and its parts that writes to l.
+func RaftLogger(l *slog.Logger) hclog.Logger { return &hclogger{log: l.With("component", "raft")} }
 
 func slogLevel(l hclog.Level) slog.Level {
 	switch l {

@@ -195,7 +195,7 @@ func Open(cfg Config) (_ *Store, err error) {
 
 // startRaft opens the log, makes a new cluster if there is none, and starts raft.
 func (s *Store) startRaft() error {
-	logger := newHclog(s.log)
+	logger := RaftLogger(s.log)
 	bolt, err := raftboltdb.New(raftboltdb.Options{
 		Path:        filepath.Join(s.cfg.Dir, "raft.db"),
 		BoltOptions: &bbolt.Options{Timeout: time.Second, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType},

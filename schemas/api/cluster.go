@@ -39,6 +39,9 @@ type ServerStatus struct {
 	KeyEpoch int64 `json:"keyEpoch,omitempty"`
 	// Issuer is the fingerprint of the CA that signed its certificate.
 	Issuer string `json:"issuer,omitempty"`
+	// Removed is set when the server was taken out of the cluster: it must not come
+	// back by itself.
+	Removed *metav1.Time `json:"removed,omitempty"`
 }
 
 // Authority is what the cluster signs and encrypts with. It is internal: it is

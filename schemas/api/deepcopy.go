@@ -31,6 +31,7 @@ func (r *Revision) DeepCopyObject() runtime.Object {
 func (s *Server) DeepCopyObject() runtime.Object {
 	c := *s
 	s.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	c.Status.Removed = s.Status.Removed.DeepCopy()
 	return &c
 }
 
