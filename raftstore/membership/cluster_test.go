@@ -15,7 +15,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/hashicorp/raft"
 	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -110,6 +109,7 @@ func (c *cluster) start(node string, o options) *server {
 	mux := peer.NewMux(o.l, peer.MuxConfig{TLS: config, Log: log})
 	transport := peer.NewRaftTransport(peer.RaftConfig{
 		Listener: mux.Listen(peer.ProtocolRaft), Address: s.address, TLS: func() *tls.Config { return config }, Log: log,
+		Ended: func(who peer.Identity) { s.keeper.ConnectionEnded(who) },
 	})
 	s.peers = peer.NewClient(func() *tls.Config { return config })
 	cfg := raftstore.Config{
@@ -429,4 +429,3 @@ func TestForeignPeer(t *testing.T) {
 	}
 }
 
-var _ raft.Transport = (*raft.NetworkTransport)(nil)

@@ -45,8 +45,9 @@ type Keeper struct {
 	Policy  Policy
 	Log     *slog.Logger
 
-	mu   sync.Mutex
-	seen map[string]*contact // by id; in the leader's memory only
+	mu      sync.Mutex
+	seen    map[string]*contact // by id; in the leader's memory only
+	probing bool                // whether the leader's process has ended is being found out
 }
 
 // contact is what was seen of a server.

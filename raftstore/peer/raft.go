@@ -25,19 +25,74 @@ type RaftConfig struct {
 	Log   *slog.Logger // nil: slog.Default()
 }
 
-// NewRaftTransport returns the transport that carries raft's messages. The store
-// closes it.
-func NewRaftTransport(cfg RaftConfig) *raft.NetworkTransport {
+// RaftTransport carries raft's messages. It implements raft.Transport.
+type RaftTransport struct {
+	*raft.NetworkTransport
+	rpcs   chan raft.RPC
+	closed chan struct{}
+	once   sync.Once
+}
+
+// NewRaftTransport returns a transport. The store closes it.
+func NewRaftTransport(cfg RaftConfig) *RaftTransport {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	return raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+	t := &RaftTransport{rpcs: make(chan raft.RPC), closed: make(chan struct{})}
+	t.NetworkTransport = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream:          &streams{RaftConfig: cfg},
 		MaxPool:         3,
 		MaxRPCsInFlight: 64,
 		Timeout:         10 * time.Second,
 		Logger:          raftstore.RaftLogger(cfg.Log),
 	})
+	go t.pass()
+	return t
+}
+
+// pass hands on what comes from the network.
+func (t *RaftTransport) pass() {
+	for {
+		select {
+		case rpc := <-t.NetworkTransport.Consumer():
+			select {
+			case t.rpcs <- rpc:
+			case <-t.closed:
+				return
+			}
+		case <-t.closed:
+			return
+		}
+	}
+}
+
+// Consumer implements raft.Transport.
+func (t *RaftTransport) Consumer() <-chan raft.RPC { return t.rpcs }
+
+// TimeoutNow implements raft.Transport. A server that tells itself to stand for
+// election needs no network for it.
+func (t *RaftTransport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	if target != t.LocalAddr() {
+		return t.NetworkTransport.TimeoutNow(id, target, args, resp)
+	}
+	answer := make(chan raft.RPCResponse, 1)
+	select {
+	case t.rpcs <- raft.RPC{Command: args, RespChan: answer}:
+	case <-t.closed:
+		return raft.ErrTransportShutdown
+	}
+	select {
+	case a := <-answer:
+		return a.Error
+	case <-t.closed:
+		return raft.ErrTransportShutdown
+	}
+}
+
+// Close implements raft.WithClose.
+func (t *RaftTransport) Close() error {
+	t.once.Do(func() { close(t.closed) })
+	return t.NetworkTransport.Close()
 }
 
 // streams is raft's view of the network: it implements raft.StreamLayer.
