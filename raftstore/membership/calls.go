@@ -242,7 +242,13 @@ func (k *Keeper) remove(ctx context.Context, id, why string) error {
 		next := api.Clone(s)
 		now := metav1.NewTime(time.Now().UTC().Truncate(time.Second))
 		next.Status.Removed = &now
-		if err := k.propose(ctx, "remove server "+id+": "+why, api.Mutation{Verb: api.UpdateStatus, Key: api.KeyOf(next), Object: next}); err != nil {
+		ms := []api.Mutation{{Verb: api.UpdateStatus, Key: api.KeyOf(next), Object: next}}
+		// Its certificate is renewed no more, and its name is free for another machine.
+		machine := api.Key{Resource: api.Machines, Name: api.MachineName(api.RoleServer, s.Spec.Node)}
+		if _, ok := k.Store.View().Get(machine); ok {
+			ms = append(ms, api.Mutation{Verb: api.Delete, Key: machine})
+		}
+		if err := k.propose(ctx, "remove server "+id+": "+why, ms...); err != nil {
 			return err
 		}
 	}

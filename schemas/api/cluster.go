@@ -90,9 +90,42 @@ const (
 // JoinTokenSpec says whom the token admits, and until when.
 type JoinTokenSpec struct {
 	Role string `json:"role"`
+	// Node, when set, is the only name that the token admits. Such a token also lets
+	// a machine with a new key take the name over from one that lost its disk.
+	Node string `json:"node,omitempty"`
 	// Hash is the SHA-256 of the token's secret, in hexadecimal digits.
 	Hash    string      `json:"hash"`
 	Expires metav1.Time `json:"expires"`
 	// By is who made it.
 	By string `json:"by,omitempty"`
 }
+
+// Machine is what the cluster remembers of a machine that has joined, to know it
+// again: one name belongs to one key. It is internal. Its name is ROLE-NODE.
+type Machine struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+	Spec              MachineSpec   `json:"spec,omitempty"`
+	Status            MachineStatus `json:"status,omitempty"`
+}
+
+// MachineSpec says who the machine is.
+type MachineSpec struct {
+	Role string `json:"role"`
+	Node string `json:"node"`
+	// Key is the SHA-256 of its public key, in hexadecimal digits.
+	Key string `json:"key"`
+}
+
+// MachineStatus is what the machine holds, for the rotation of the CA.
+type MachineStatus struct {
+	// Issuer is the fingerprint of the CA that signed its certificate, Trusts those of
+	// the CAs that it trusts.
+	Issuer string   `json:"issuer,omitempty"`
+	Trusts []string `json:"trusts,omitempty"`
+	// Expires is when its certificate ends.
+	Expires metav1.Time `json:"expires,omitempty"`
+}
+
+// MachineName is the name of the Machine that a role and a node make.
+func MachineName(role, node string) string { return role + "-" + node }

@@ -50,6 +50,14 @@ func (t *JoinToken) DeepCopyObject() runtime.Object {
 	return &c
 }
 
+// DeepCopyObject implements runtime.Object.
+func (m *Machine) DeepCopyObject() runtime.Object {
+	c := *m
+	m.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	c.Status.Trusts = append(m.Status.Trusts[:0:0], m.Status.Trusts...)
+	return &c
+}
+
 // clonePtr copies what p points to; T must hold no pointers that are written to.
 func clonePtr[T any](p *T) *T {
 	if p == nil {
