@@ -87,6 +87,9 @@ const (
 // JoinTokenSpec says whom the token admits, and until when.
 type JoinTokenSpec struct {
 	Role string `json:"role"`
+	// Node, when set, is the only name that the token admits. Such a token also lets
+	// a machine with a new key take the name over from one that lost its disk.
+	Node string `json:"node,omitempty"`
 	// Hash is the SHA-256 of the token's secret, in hexadecimal digits.
 	Hash    string      `json:"hash"`
 	Expires metav1.Time `json:"expires"`
