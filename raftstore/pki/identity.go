@@ -68,7 +68,11 @@ func Node(name string) Request {
 }
 
 // Server asks for the certificate of an API server that answers under hosts.
-func Server(hosts ...string) Request { return Request{Name: ServerName, Hosts: hosts} }
+func Server(hosts ...string) Request {
+	// ":7443" has an empty host.
+	hosts = slices.DeleteFunc(slices.Clone(hosts), func(h string) bool { return h == "" })
+	return Request{Name: ServerName, Hosts: hosts}
+}
 
 // ServerIdentity asks for the certificate of the server on a machine, which answers
 // under hosts beside [ServerName] and calls its peers.
@@ -126,15 +130,16 @@ func validHost(h string) error {
 	if net.ParseIP(h) != nil {
 		return nil
 	}
-	if errs := validation.IsDNS1123Subdomain(h); len(errs) > 0 {
-		return fmt.Errorf("host %.80q is neither an IP address nor a DNS name in lower case", h)
+	if errs := validation.IsDNS1123Subdomain(strings.ToLower(h)); len(errs) > 0 {
+		return fmt.Errorf("host %.80q is neither an IP address nor a DNS name", h)
 	}
 	return nil
 }
 
 const maxHosts = 32
 
-func (r Request) check() error {
+// Check reports why no certificate can be issued for r.
+func (r Request) Check() error {
 	switch {
 	case r.Name == "":
 		return errors.New("no name for the certificate")

@@ -117,7 +117,7 @@ func (i *Issuer) Sign(csrPEM []byte, r Request, now time.Time) (chainPEM []byte,
 }
 
 func (i *Issuer) sign(key crypto.PublicKey, r Request, now time.Time) ([]byte, error) {
-	if err := r.check(); err != nil {
+	if err := r.Check(); err != nil {
 		return nil, fmt.Errorf("issue certificate for %.80q: %w", r.Name, err)
 	}
 	if !now.Before(i.cert.NotAfter) {

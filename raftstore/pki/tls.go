@@ -8,6 +8,9 @@ import (
 	"slices"
 )
 
+// ErrPeer says that the other side of a connection is not who it must be.
+var ErrPeer = errors.New("verify peer")
+
 // ServerTLS returns the configuration of a server: TLS 1.3 with the given protocols
 // (ALPN), the current certificate, and a client certificate that is optional but must
 // lead to a trusted CA if it is shown. Every connection is judged by what is current
@@ -66,17 +69,17 @@ func (k *Keeper) certificate() (*tls.Certificate, error) {
 
 func verifyServer(cs tls.ConnectionState, roots *x509.CertPool) error {
 	if len(cs.PeerCertificates) == 0 {
-		return errors.New("verify server: it shows no certificate")
+		return fmt.Errorf("%w: the server shows no certificate", ErrPeer)
 	}
 	_, err := cs.PeerCertificates[0].Verify(x509.VerifyOptions{
 		Roots: roots, Intermediates: poolOf(cs.PeerCertificates[1:]), DNSName: ServerName,
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	})
 	if unknown := (x509.UnknownAuthorityError{}); errors.As(err, &unknown) {
-		return fmt.Errorf("verify server: %w (another cluster, or the CA was replaced while this machine was off: then join again)", err)
+		return fmt.Errorf("%w: %w (another cluster, or the CA was replaced while this machine was off: then join again)", ErrPeer, err)
 	}
 	if err != nil {
-		return fmt.Errorf("verify server: %w", err)
+		return fmt.Errorf("%w: %w", ErrPeer, err)
 	}
 	return nil
 }
@@ -96,12 +99,12 @@ func RequireGroup(c *tls.Config, group string, protocols ...string) *tls.Config 
 			return nil
 		}
 		if len(cs.PeerCertificates) == 0 {
-			return fmt.Errorf("verify peer: it shows no certificate, one of the group %s is needed", group)
+			return fmt.Errorf("%w: it shows no certificate, one of the group %s is needed", ErrPeer, group)
 		}
 		// Verified: by crypto/tls on a server, by what came before on a client.
 		s := cs.PeerCertificates[0].Subject
 		if !slices.Contains(s.Organization, group) {
-			return fmt.Errorf("verify peer: %q is not in the group %s", s.CommonName, group)
+			return fmt.Errorf("%w: %q is not in the group %s", ErrPeer, s.CommonName, group)
 		}
 		return nil
 	}
