@@ -1,6 +1,10 @@
-// Package pki is the cluster's certificate authority: it creates or loads the CA
-// in a folder, issues the certificates of servers, nodes and operators, and writes
-// the kubeconfig that kubectl, git and decree use.
+// Package pki is the cluster's certificate authority, and what each process holds of
+// it. [Issuer] signs the certificates of servers, nodes and operators with the CA of
+// the replicated state, [PlanRotation] replaces that CA while the cluster is up,
+// [NewToken] makes the tokens that machines join with, and [Keeper] holds the key,
+// certificate and trusted CAs of one process and renews them. [Authority] is a CA in
+// a folder, the seed of the first server; [Kubeconfig] is what kubectl, git and
+// decree use.
 //
 // Identity is what Kubernetes makes of a client certificate: the common name is the
 // user, the organisations are the groups. The package touches only the folders it
@@ -9,42 +13,40 @@ package pki
 
 import (
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
-	"math/big"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"time"
-)
 
-// The groups with a meaning of their own, and the prefix of a node's user name.
-const (
-	GroupAdmins = "system:masters"
-	GroupNodes  = "system:nodes"
-	NodePrefix  = "system:node:"
-)
-
-const (
-	caLifetime   = 10 * 365 * 24 * time.Hour
-	leafLifetime = 365 * 24 * time.Hour
-	clockSkew    = 5 * time.Minute // certificates begin this long before now
+	"decree.dev/decree/schemas/api"
 )
 
 // Authority signs the certificates of one cluster. It is safe for concurrent use.
 type Authority struct {
 	cert    *x509.Certificate
 	certPEM []byte
-	key     crypto.Signer
+	issuer  *Issuer
+}
+
+func newAuthority(cert *x509.Certificate, certPEM []byte, key crypto.Signer) *Authority {
+	return &Authority{cert: cert, certPEM: certPEM, issuer: &Issuer{
+		cert: cert, key: key, cas: []*x509.Certificate{cert}, bundle: encodePEM(blockCert, cert.Raw),
+	}}
+}
+
+// Spec returns the CA in the form of the replicated state, whose first it becomes.
+func (a *Authority) Spec() (api.AuthoritySpec, error) {
+	// The state holds keys in one encoding; a file may have had another.
+	der, err := x509.MarshalPKCS8PrivateKey(a.issuer.key)
+	if err != nil {
+		return api.AuthoritySpec{}, fmt.Errorf("encode key of the certificate authority: %w", err)
+	}
+	return specOf(a.cert, encodePEM(blockKey, der), a.cert.NotBefore.Add(clockSkew)), nil
 }
 
 // Open loads the CA from ca.crt and ca.key in dir, or creates both when neither
@@ -86,7 +88,7 @@ func loadAuthority(certPath string, certPEM []byte, keyPath string, keyPEM []byt
 	case now.After(pair.Leaf.NotAfter):
 		return nil, fmt.Errorf("load certificate authority %s: it expired at %s", certPath, pair.Leaf.NotAfter.Format(time.RFC3339))
 	}
-	return &Authority{cert: pair.Leaf, certPEM: certPEM, key: signer}, nil
+	return newAuthority(pair.Leaf, certPEM, signer), nil
 }
 
 // createAuthority writes the key first: a crash in between leaves a key that the
@@ -96,36 +98,18 @@ func createAuthority(certPath, keyPath string, keyPEM []byte, now time.Time) (*A
 	if err != nil {
 		return nil, fmt.Errorf("create certificate authority %s: %w", keyPath, err)
 	}
-	serial, err := newSerial()
+	cert, err := selfSign(key, now)
 	if err != nil {
 		return nil, err
 	}
-	template := &x509.Certificate{
-		SerialNumber:          serial,
-		Subject:               pkix.Name{CommonName: "decree-ca"},
-		NotBefore:             now.Add(-clockSkew),
-		NotAfter:              now.Add(caLifetime),
-		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign | x509.KeyUsageDigitalSignature,
-		BasicConstraintsValid: true,
-		IsCA:                  true,
-		MaxPathLenZero:        true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		return nil, fmt.Errorf("create certificate authority: %w", err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		return nil, fmt.Errorf("create certificate authority: %w", err)
-	}
-	certPEM := encodePEM("CERTIFICATE", der)
+	certPEM := encodePEM(blockCert, cert.Raw)
 	if err := writeFile(keyPath, keyPEM, 0o600); err != nil {
 		return nil, err
 	}
 	if err := writeFile(certPath, certPEM, 0o644); err != nil {
 		return nil, err
 	}
-	return &Authority{cert: cert, certPEM: certPEM, key: key}, nil
+	return newAuthority(cert, certPEM, key), nil
 }
 
 // CertPEM returns the CA's certificate, which clients must trust.
@@ -137,27 +121,6 @@ func (a *Authority) Pool() *x509.CertPool {
 	pool.AddCert(a.cert)
 	return pool
 }
-
-// Request describes a certificate to issue.
-type Request struct {
-	Name   string   // common name: the user
-	Groups []string // organisations: the groups
-	// Hosts are the names and addresses a server answers under; a certificate
-	// without hosts is for clients only. Servers get both usages, because they also
-	// call each other.
-	Hosts []string
-}
-
-// Admin asks for an operator's certificate.
-func Admin(name string) Request { return Request{Name: name, Groups: []string{GroupAdmins}} }
-
-// Node asks for the certificate of the agent on a node.
-func Node(name string) Request {
-	return Request{Name: NodePrefix + name, Groups: []string{GroupNodes}}
-}
-
-// Server asks for the certificate of an API server that answers under hosts.
-func Server(hosts ...string) Request { return Request{Name: "decree-server", Hosts: hosts} }
 
 // Pair is a certificate with its key, PEM encoded.
 type Pair struct{ CertPEM, KeyPEM []byte }
@@ -171,44 +134,21 @@ func (p Pair) TLS() (tls.Certificate, error) {
 	return c, nil
 }
 
-// Issue signs a new certificate for a new key; it is valid for a year, or as long
-// as the CA if that is shorter.
+// Issue signs a new certificate for a new key; it is valid for a year unless r says
+// otherwise, or as long as the CA if that is shorter.
 func (a *Authority) Issue(r Request, now time.Time) (Pair, error) {
-	key, keyPEM, err := parseOrMakeKey(nil)
+	key, keyPEM, err := newKey()
 	if err != nil {
 		return Pair{}, fmt.Errorf("issue certificate for %s: %w", r.Name, err)
 	}
-	serial, err := newSerial()
+	if r.Lifetime == 0 {
+		r.Lifetime = unattendedLifetime
+	}
+	certPEM, err := a.issuer.sign(key.Public(), r, now)
 	if err != nil {
 		return Pair{}, err
 	}
-	template := &x509.Certificate{
-		SerialNumber:          serial,
-		Subject:               pkix.Name{CommonName: r.Name, Organization: r.Groups},
-		NotBefore:             now.Add(-clockSkew),
-		NotAfter:              now.Add(leafLifetime),
-		KeyUsage:              x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
-		BasicConstraintsValid: true,
-	}
-	if template.NotAfter.After(a.cert.NotAfter) {
-		template.NotAfter = a.cert.NotAfter
-	}
-	if len(r.Hosts) > 0 {
-		template.ExtKeyUsage = append(template.ExtKeyUsage, x509.ExtKeyUsageServerAuth)
-	}
-	for _, h := range r.Hosts {
-		if ip := net.ParseIP(h); ip != nil {
-			template.IPAddresses = append(template.IPAddresses, ip)
-		} else {
-			template.DNSNames = append(template.DNSNames, h)
-		}
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
-	if err != nil {
-		return Pair{}, fmt.Errorf("issue certificate for %s: %w", r.Name, err)
-	}
-	return Pair{CertPEM: encodePEM("CERTIFICATE", der), KeyPEM: keyPEM}, nil
+	return Pair{CertPEM: certPEM, KeyPEM: keyPEM}, nil
 }
 
 // Ensure returns the pair in base.crt and base.key of dir, and issues it when it is
@@ -248,17 +188,8 @@ func (a *Authority) usable(certPath, keyPath string, r Request, now time.Time) (
 		return Pair{}, false
 	}
 	c := pair.Leaf
-	renewAt := c.NotAfter.Add(-c.NotAfter.Sub(c.NotBefore) / 3)
-	same := c.Subject.CommonName == r.Name && sameSet(c.Subject.Organization, r.Groups) && sameSet(hostsOf(c), r.Hosts)
-	return p, same && now.Before(renewAt) && !now.Before(c.NotBefore)
-}
-
-func hostsOf(c *x509.Certificate) []string {
-	hosts := slices.Clone(c.DNSNames)
-	for _, ip := range c.IPAddresses {
-		hosts = append(hosts, ip.String())
-	}
-	return hosts
+	same := c.Subject.CommonName == r.Name && sameSet(c.Subject.Organization, r.Groups) && sameSet(Hosts(c), r.Hosts)
+	return p, same && now.Before(renewAt(c)) && !now.Before(c.NotBefore)
 }
 
 func sameSet(a, b []string) bool {
@@ -268,42 +199,11 @@ func sameSet(a, b []string) bool {
 	return slices.Equal(slices.Compact(a), slices.Compact(b))
 }
 
-// parseOrMakeKey returns the key in keyPEM, or a new ECDSA P-256 key when empty.
+// parseOrMakeKey returns the key in keyPEM, or a new one when empty.
 func parseOrMakeKey(keyPEM []byte) (crypto.Signer, []byte, error) {
 	if len(keyPEM) == 0 {
-		key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-		if err != nil {
-			return nil, nil, fmt.Errorf("make key: %w", err)
-		}
-		der, err := x509.MarshalPKCS8PrivateKey(key)
-		if err != nil {
-			return nil, nil, fmt.Errorf("encode key: %w", err)
-		}
-		return key, encodePEM("PRIVATE KEY", der), nil
+		return newKey()
 	}
-	block, _ := pem.Decode(keyPEM)
-	if block == nil {
-		return nil, nil, errors.New("the key is not PEM")
-	}
-	key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
-	if err != nil {
-		return nil, nil, fmt.Errorf("parse key: %w", err)
-	}
-	signer, ok := key.(crypto.Signer)
-	if !ok {
-		return nil, nil, fmt.Errorf("parse key: %T cannot sign", key)
-	}
-	return signer, keyPEM, nil
-}
-
-func newSerial() (*big.Int, error) {
-	serial, err := rand.Int(rand.Reader, new(big.Int).Lsh(big.NewInt(1), 127))
-	if err != nil {
-		return nil, fmt.Errorf("make certificate serial: %w", err)
-	}
-	return serial, nil
-}
-
-func encodePEM(kind string, der []byte) []byte {
-	return pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})
+	key, err := parseKey(keyPEM)
+	return key, keyPEM, err
 }
