@@ -105,10 +105,12 @@ func (s *Store) TransferLeadership(ctx context.Context, id string) error {
 	return s.change(ctx, "hand the lead over to", id, question)
 }
 
-// handOver lets another server lead before this one stops, so that nobody has to
-// notice its absence first. Without another voter there is nothing to do.
-func (s *Store) handOver() {
-	if s.raft == nil || !s.IsLeader() {
+// HandOver lets another server lead before this one stops, so that nobody has to
+// notice its absence first. Without another voter there is nothing to do. It takes two
+// election timeouts at most. Close does it too; who ends the network of a server
+// before its store calls it first.
+func (s *Store) HandOver() {
+	if s.raft == nil || !s.IsLeader() || s.refusal() != nil {
 		return
 	}
 	others := 0

@@ -147,6 +147,7 @@ func (s *Store) verifiedView(ctx context.Context) (*state.State, error) {
 	}
 	return s.View(), nil
 }
+
 // catchUp makes sure that this leader has applied all that earlier leaders
 // acknowledged.
 func (s *Store) catchUp(ctx context.Context) error {

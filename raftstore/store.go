@@ -349,7 +349,7 @@ const closeTimeout = 2 * time.Second
 // ErrClosed, watches end with it. Close is idempotent.
 func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
-		s.handOver()
+		s.HandOver()
 		s.mu.Lock() // who passed refusal before has been counted
 		close(s.closing)
 		s.mu.Unlock()

@@ -116,8 +116,28 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 	return k.Store.SetMember(ctx, m)
 }
 
-// ErrRemoved: the server was taken out of the cluster.
-var ErrRemoved = errors.New("was removed from the cluster")
+// removedError says that a server was taken out of the cluster.
+type removedError struct{ server *api.Server }
+
+const codeRemoved = "removed"
+
+func (e *removedError) Error() string {
+	return fmt.Sprintf("server %s was removed from the cluster at %s: to come back it needs a new token (decree token create --role server) and an empty data folder",
+		e.server.Name, e.server.Status.Removed.UTC().Format(time.RFC3339))
+}
+
+// ErrorCode tells other servers what the error is.
+func (*removedError) ErrorCode() string { return codeRemoved }
+
+// IsRemoved reports whether err says that a server was taken out of the cluster for
+// good, whichever server found that.
+func IsRemoved(err error) bool {
+	if remote, ok := errors.AsType[*peer.RemoteError](err); ok {
+		return remote.Code == codeRemoved
+	}
+	_, ok := errors.AsType[*removedError](err)
+	return ok
+}
 
 // admission decides what is written next when a server announces itself, nil for
 // nothing more, and which servers it takes the place of: earlier ones of the same
@@ -127,8 +147,7 @@ func admission(view api.Reader, who Self) (next *api.Mutation, gone []string, er
 		same := s.Spec.Node == who.Node
 		switch {
 		case s.Status.Removed != nil && (same || s.Name == who.ID):
-			return nil, nil, fmt.Errorf("server %s %w at %s: to come back it needs a new token (decree token create --role server) and an empty data folder",
-				s.Name, ErrRemoved, s.Status.Removed.UTC().Format(time.RFC3339))
+			return nil, nil, &removedError{s}
 		case s.Name == who.ID:
 		case same:
 			return &api.Mutation{Verb: api.Delete, Key: api.KeyOf(s)}, []string{s.Name}, nil

@@ -54,6 +54,7 @@ type Keeper struct {
 type contact struct {
 	last, healthy time.Time
 	status        Status
+	behind        uint64 // log entries, when it answered
 	err           error
 }
 
@@ -97,6 +98,7 @@ func (k *Keeper) Lead(ctx context.Context) error {
 
 // observe asks every server how it does.
 func (k *Keeper) observe(ctx context.Context) {
+	commit := k.Store.Progress().Commit // before they answer: who is up to date is not behind
 	answers := k.ask(ctx)
 	now := time.Now()
 	k.mu.Lock()
@@ -112,6 +114,7 @@ func (k *Keeper) observe(ctx context.Context) {
 			continue
 		}
 		c.last, c.status = now, a.status
+		c.behind = commit - min(commit, a.status.Applied)
 		if c.healthy.IsZero() {
 			c.healthy = now
 		}
@@ -177,7 +180,7 @@ func (k *Keeper) act(ctx context.Context, begun time.Time) error {
 func (k *Keeper) observations(begun time.Time) []Observation {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	view, commit := k.Store.View(), k.Store.Progress().Commit
+	view := k.Store.View()
 	var list []Observation
 	for _, m := range k.Store.Members() {
 		o := Observation{ID: m.ID, Voter: m.Voter, WantsVote: true, Leader: m.Leader, Joined: begun}
@@ -188,10 +191,7 @@ func (k *Keeper) observations(begun time.Time) []Observation {
 			}
 		}
 		if c := k.seen[m.ID]; c != nil {
-			o.Contact, o.Healthy = c.last, c.healthy
-			if c.status.Applied < commit {
-				o.Behind = commit - c.status.Applied
-			}
+			o.Contact, o.Healthy, o.Behind = c.last, c.healthy, c.behind
 		}
 		list = append(list, o)
 	}
@@ -225,7 +225,7 @@ func (k *Keeper) Servers() ([]Server, error) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	now, view, commit := time.Now(), k.Store.View(), k.Store.Progress().Commit
+	now, view := time.Now(), k.Store.View()
 	list := []Server{}
 	for _, m := range k.Store.Members() {
 		row := Server{ID: m.ID, Address: m.Address, Role: "voter", State: "unreachable", ContactMillis: -1}
@@ -242,7 +242,7 @@ func (k *Keeper) Servers() ([]Server, error) {
 			row.Role = "non-voter"
 		}
 		if c := k.seen[m.ID]; c != nil {
-			k.describe(&row, c, now, commit)
+			k.describe(&row, c, now)
 		}
 		list = append(list, row)
 	}
@@ -250,11 +250,8 @@ func (k *Keeper) Servers() ([]Server, error) {
 	return list, nil
 }
 
-func (k *Keeper) describe(row *Server, c *contact, now time.Time, commit uint64) {
-	row.Applied = c.status.Applied
-	if c.status.Applied < commit {
-		row.Behind = commit - c.status.Applied
-	}
+func (k *Keeper) describe(row *Server, c *contact, now time.Time) {
+	row.Applied, row.Behind = c.status.Applied, c.behind
 	if !c.last.IsZero() {
 		row.ContactMillis = now.Sub(c.last).Milliseconds()
 	}

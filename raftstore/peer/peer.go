@@ -46,7 +46,7 @@ const (
 	statusRejected  = 1 // of a proposal: see appendRejection
 	statusNotLeader = 2
 	statusUnknown   = 3 // whether the transaction was applied is not known
-	statusError     = 4 // text
+	statusError     = 4 // code, its length first; then text
 )
 
 // Identity is who is at the other end, as the certificate says.
@@ -65,15 +65,39 @@ func IdentityOf(state tls.ConnectionState) (Identity, bool) {
 }
 
 // RemoteError is an error that the other server answered with.
-type RemoteError struct{ Text string }
+type RemoteError struct {
+	// Code is what callers decide by: the ErrorCode of the other server's error, if it
+	// had one.
+	Code string
+	Text string
+}
 
 // Error implements error.
 func (e *RemoteError) Error() string { return e.Text }
 
+// coded is implemented by errors that callers on other servers tell apart.
+type coded interface {
+	error
+	ErrorCode() string
+}
+
+// appendError encodes an error as a status and a payload.
+func appendError(b []byte, err error) (byte, []byte) {
+	status := errorStatus(err)
+	if status == statusError {
+		code := ""
+		if c, ok := errors.AsType[coded](err); ok {
+			code = c.ErrorCode()[:min(255, len(c.ErrorCode()))]
+		}
+		b = append(append(b, byte(len(code))), code...)
+	}
+	return status, append(b, err.Error()...)
+}
+
 // appendResult encodes the outcome of a proposal as a status and a payload.
 func appendResult(b []byte, r command.Result, err error) (byte, []byte) {
 	if err != nil {
-		return errorStatus(err), append(b, err.Error()...)
+		return appendError(b, err)
 	}
 	b = binary.AppendUvarint(b, r.Revision)
 	if r.Rejected == nil {
@@ -138,7 +162,10 @@ func answerError(status byte, b []byte) error {
 	case statusUnknown:
 		return fmt.Errorf("%w (%s)", raftstore.ErrLeadershipLost, b)
 	case statusError:
-		return &RemoteError{Text: string(b)}
+		if len(b) == 0 || len(b) < 1+int(b[0]) {
+			return errMalformed
+		}
+		return &RemoteError{Code: string(b[1 : 1+b[0]]), Text: string(b[1+b[0]:])}
 	}
 	return fmt.Errorf("%w: status %d", errMalformed, status)
 }

@@ -123,7 +123,7 @@ func (c *serverConn) read(ctx context.Context, r *bufio.Reader) error {
 		case methodCall:
 			c.calls.Go(func() { c.call(ctx, f) })
 		default:
-			c.answer(f.id, statusError, fmt.Appendf(nil, "method %d is not known: this server is older than the one that calls", f.kind))
+			c.fail(f.id, fmt.Errorf("method %d is not known: this server is older than the one that calls", f.kind))
 		}
 	}
 }
@@ -133,6 +133,11 @@ func (c *serverConn) answer(id uint32, status byte, payload []byte) {
 	_ = c.out.add(id, status, payload) // a broken connection has nobody to tell
 }
 
+func (c *serverConn) fail(id uint32, err error) {
+	status, payload := appendError(nil, err)
+	c.answer(id, status, payload)
+}
+
 func (c *serverConn) propose(ctx context.Context, f frame) {
 	err := c.Store.ProposeEncoded(ctx, f.payload, func(r command.Result, err error) {
 		var buf [64]byte
@@ -140,14 +145,14 @@ func (c *serverConn) propose(ctx context.Context, f frame) {
 		c.answer(f.id, status, payload)
 	})
 	if err != nil {
-		c.answer(f.id, errorStatus(err), []byte(err.Error()))
+		c.fail(f.id, err)
 	}
 }
 
 func (c *serverConn) readIndex(ctx context.Context, id uint32) {
 	revision, err := c.Store.ReadIndex(ctx)
 	if err != nil {
-		c.answer(id, errorStatus(err), []byte(err.Error()))
+		c.fail(id, err)
 		return
 	}
 	c.answer(id, statusOK, binary.AppendUvarint(nil, revision))
@@ -158,12 +163,12 @@ func (c *serverConn) call(ctx context.Context, f frame) {
 	defer cancel()
 	out, err := c.dispatch(ctx, f.payload)
 	if err != nil {
-		c.answer(f.id, errorStatus(err), []byte(err.Error()))
+		c.fail(f.id, err)
 		return
 	}
 	data, err := json.Marshal(out)
 	if err != nil {
-		c.answer(f.id, statusError, []byte(err.Error()))
+		c.fail(f.id, err)
 		return
 	}
 	c.answer(f.id, statusOK, data)
