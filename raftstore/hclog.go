@@ -2,25 +2,69 @@ package raftstore
 
 import (
 	"context"
+	"fmt"
 	"io"
 	stdlog "log"
 	"log/slog"
 	"strings"
+	"sync"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
 
 // hclogger lets hashicorp/raft log to slog. Raft reports every ordinary step at
 // info level; here those are debug, so that what people see is worth reading.
+//
+// While a server is away raft says so many times a second. The same complaint is
+// passed on once in a while; in between it is debug.
 type hclogger struct {
 	log     *slog.Logger
 	name    string
 	implied []any
+	said    *complaints
+}
+
+// repeat is how often one complaint is passed on.
+const repeat = 30 * time.Second
+
+// complaints remembers when each was passed on last.
+type complaints struct {
+	mu   sync.Mutex
+	last map[string]time.Time
+}
+
+// again reports whether the complaint was passed on a short while ago.
+func (c *complaints) again(key string, now time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if now.Sub(c.last[key]) < repeat {
+		return true
+	}
+	if len(c.last) > 1000 { // it names servers and messages: there are few
+		clear(c.last)
+	}
+	c.last[key] = now
+	return false
+}
+
+// complaintKey tells complaints apart by their message and by whom they are about.
+func complaintKey(msg string, args []any) string {
+	for i := 0; i+1 < len(args); i += 2 {
+		switch args[i] {
+		case "peer", "server-id", "id":
+			msg += fmt.Sprint(" ", args[i+1])
+		}
+	}
+	return msg
 }
 
 var _ hclog.Logger = (*hclogger)(nil)
 
-func newHclog(l *slog.Logger) hclog.Logger { return &hclogger{log: l.With("component", "raft")} }
+// RaftLogger is a logger for hashicorp/raft and its parts that writes to l.
+func RaftLogger(l *slog.Logger) hclog.Logger {
+	return &hclogger{log: l.With("component", "raft"), said: &complaints{last: map[string]time.Time{}}}
+}
 
 func slogLevel(l hclog.Level) slog.Level {
 	switch l {
@@ -39,7 +83,11 @@ func (h *hclogger) Log(level hclog.Level, msg string, args ...any) {
 	if level == hclog.Off {
 		return
 	}
-	h.log.Log(context.Background(), slogLevel(level), msg, args...)
+	to := slogLevel(level)
+	if to >= slog.LevelWarn && h.said.again(complaintKey(msg, args), time.Now()) {
+		to = slog.LevelDebug
+	}
+	h.log.Log(context.Background(), to, msg, args...)
 }
 
 // Trace implements hclog.Logger.
@@ -81,7 +129,7 @@ func (h *hclogger) ImpliedArgs() []any { return h.implied }
 
 // With implements hclog.Logger.
 func (h *hclogger) With(args ...any) hclog.Logger {
-	return &hclogger{log: h.log.With(args...), name: h.name, implied: append(h.implied[:len(h.implied):len(h.implied)], args...)}
+	return &hclogger{log: h.log.With(args...), name: h.name, said: h.said, implied: append(h.implied[:len(h.implied):len(h.implied)], args...)}
 }
 
 // Name implements hclog.Logger.
@@ -94,7 +142,7 @@ func (h *hclogger) Named(name string) hclog.Logger {
 
 // ResetNamed implements hclog.Logger.
 func (h *hclogger) ResetNamed(name string) hclog.Logger {
-	return &hclogger{log: h.log, name: name, implied: h.implied}
+	return &hclogger{log: h.log, name: name, said: h.said, implied: h.implied}
 }
 
 // SetLevel implements hclog.Logger; slog's handler decides about levels.

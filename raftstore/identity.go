@@ -26,6 +26,23 @@ type identity struct {
 
 const identityFile = "identity.json"
 
+// Identity returns to which server and cluster the data folder dir belongs, without
+// opening it; both are empty if it does not exist.
+func Identity(dir string) (nodeID, clusterID string, err error) {
+	data, err := os.ReadFile(filepath.Join(dir, identityFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		return "", "", nil
+	}
+	var id identity
+	if err == nil {
+		err = json.Unmarshal(data, &id)
+	}
+	if err != nil {
+		return "", "", fmt.Errorf("read identity of %s: %w (restore the folder from a backup)", dir, err)
+	}
+	return id.NodeID, id.ClusterID, nil
+}
+
 // claim locks dir for this process and makes sure that it belongs to this server
 // and cluster.
 func claim(dir, nodeID string, bootstrap *command.Bootstrap) (_ *identity, err error) {

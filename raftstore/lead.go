@@ -37,9 +37,8 @@ func (s *Store) lead() {
 				s.log.Warn("taking the lead", "error", err)
 			}
 		}
-		if s.becomeReady() {
-			changes = nil
-		}
+		s.becomeReady()
+		s.noteLeaderChange()
 		select {
 		case <-ctx.Done():
 			return
@@ -72,28 +71,30 @@ func (s *Store) establish(ctx context.Context) error {
 	return nil
 }
 
-// becomeReady closes Ready when its conditions hold, and reports whether they did
-// once.
-func (s *Store) becomeReady() bool {
+// becomeReady closes Ready when its conditions hold.
+func (s *Store) becomeReady() {
 	select {
 	case <-s.ready:
-		return true
+		return
 	default:
 	}
 	settings := s.View().Settings()
 	if id, _ := s.Leader(); id == "" || settings == nil || s.fsm.fatal.Load() != nil {
-		return false
+		return
 	}
-	if s.IsLeader() && s.readTerm.Load() != s.raft.CurrentTerm() {
-		return false
+	if s.IsLeader() && !s.Leads() {
+		return
 	}
 	if err := s.identity.join(settings.ClusterID); err != nil {
 		s.fsm.fail(fmt.Errorf("%w: %w", ErrFatal, err))
-		return false
+		return
 	}
 	close(s.ready)
-	return true
 }
+
+// Leads reports whether this server leads and has applied all that earlier leaders
+// acknowledged, as far as it knows.
+func (s *Store) Leads() bool { return s.IsLeader() && s.readTerm.Load() == s.raft.CurrentTerm() }
 
 func newClusterID() string {
 	var b [16]byte

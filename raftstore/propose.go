@@ -17,15 +17,11 @@ const proposalOverhead = 256
 // larger travels alone.
 const batchBytes = 1 << 20
 
-// proposal is one encoded transaction and the caller who waits for it.
+// proposal is one encoded transaction and how its caller is told. done is called
+// once and must not wait.
 type proposal struct {
 	data []byte
-	done chan outcome // capacity 1
-}
-
-type outcome struct {
-	result command.Result
-	err    error
+	done func(command.Result, error)
 }
 
 // flight is a log entry on its way, with the proposals in it.
@@ -35,13 +31,15 @@ type flight struct {
 	start     time.Time
 }
 
-// Propose makes t happen: it returns once t is durable on a quorum and applied
-// here. A zero t.Time becomes now. Proposals that wait together share a log entry.
+// Propose makes t happen, whichever server it is called on: it returns once t is
+// durable on a quorum and applied here. A zero t.Time becomes now. Proposals that
+// wait together share a log entry. While there is no leader, Propose waits for one.
 //
 // A transaction that the state machine rejects is a Result, not an error; see
-// [command.Result.Err]. Errors: ErrNotLeader (nothing happened), one matching
-// command.ErrTooLarge (nothing happened), ErrLeadershipLost, ErrClosed, ErrFatal
-// and the context's cause (unknown: retry with the same t.Key).
+// [command.Result.Err]. Errors: ErrNotLeader (nothing happened, and there is nobody
+// to forward to), one matching command.ErrTooLarge (nothing happened),
+// ErrLeadershipLost, ErrClosed, ErrFatal and the context's cause (unknown). With a
+// t.Key, whatever is unknown is tried again until it is known or ctx ends.
 func (s *Store) Propose(ctx context.Context, t command.Txn) (command.Result, error) {
 	if t.Time == 0 {
 		t.Time = time.Now().UnixMilli()
@@ -50,23 +48,50 @@ func (s *Store) Propose(ctx context.Context, t command.Txn) (command.Result, err
 	if err != nil {
 		return command.Result{}, fmt.Errorf("propose: %w", err)
 	}
-	p := &proposal{data: data, done: make(chan outcome, 1)}
-	size := int64(len(data)) + proposalOverhead
-	if err := s.room.Acquire(ctx, size); err != nil {
-		return command.Result{}, fmt.Errorf("propose, waiting for room in the queue (nothing was proposed): %w", err)
+	start := time.Now()
+	result, err := s.deliver(ctx, data, t.Key != "")
+	if err == nil {
+		s.metrics.proposeSeconds.Observe(time.Since(start).Seconds())
 	}
-	defer s.room.Release(size)
-	if err := s.enqueue(p); err != nil {
+	return result, err
+}
+
+// proposeHere proposes to this server's own raft, and waits.
+func (s *Store) proposeHere(ctx context.Context, data []byte) (command.Result, error) {
+	type outcome struct {
+		result command.Result
+		err    error
+	}
+	landed := make(chan outcome, 1)
+	if err := s.ProposeEncoded(ctx, data, func(r command.Result, err error) { landed <- outcome{r, err} }); err != nil {
 		return command.Result{}, err
 	}
-	start := time.Now()
 	select {
-	case out := <-p.done:
-		s.metrics.proposeSeconds.Observe(time.Since(start).Seconds())
+	case out := <-landed:
 		return out.result, out.err
 	case <-ctx.Done():
 		return command.Result{}, unknown(ctx)
 	}
+}
+
+// ProposeEncoded is Propose for a transaction that another server has encoded, on the
+// leader only and without waiting for the outcome: done is called with it, once and
+// on the store's own goroutine, and must not wait. If ProposeEncoded returns an error,
+// nothing was proposed and done is not called. It waits for room in the queue.
+func (s *Store) ProposeEncoded(ctx context.Context, data []byte, done func(command.Result, error)) error {
+	size := int64(len(data)) + proposalOverhead
+	if err := s.room.Acquire(ctx, size); err != nil {
+		return fmt.Errorf("propose, waiting for room in the queue (nothing was proposed): %w", err)
+	}
+	p := &proposal{data: data, done: func(r command.Result, err error) {
+		s.room.Release(size)
+		done(r, err)
+	}}
+	if err := s.enqueue(p); err != nil {
+		s.room.Release(size)
+		return err
+	}
+	return nil
 }
 
 func (s *Store) enqueue(p *proposal) error {
@@ -109,7 +134,7 @@ func (s *Store) batch() {
 		case <-s.wake:
 		case <-s.closing:
 			for b := s.take(); len(b) > 0; b = s.take() {
-				answer(b, outcome{err: ErrClosed})
+				answer(b, ErrClosed)
 			}
 			return
 		}
@@ -126,7 +151,7 @@ func (s *Store) launch(batch []*proposal) {
 	}
 	entry, err := command.EncodeEntry(parts...)
 	if err != nil {
-		answer(batch, outcome{err: fmt.Errorf("propose: %w", err)})
+		answer(batch, fmt.Errorf("propose: %w", err))
 		return
 	}
 	s.metrics.batchTxns.Observe(float64(len(batch)))
@@ -139,17 +164,17 @@ func (s *Store) land() {
 	defer close(s.landed)
 	for f := range s.flights {
 		if err := s.arrival(f.future); err != nil {
-			answer(f.proposals, outcome{err: s.raftError(err)})
+			answer(f.proposals, s.raftError(err))
 			continue
 		}
 		s.metrics.commitSeconds.Observe(time.Since(f.start).Seconds())
 		switch response := f.future.Response().(type) {
 		case []command.Result:
 			for i, p := range f.proposals {
-				p.done <- outcome{result: response[i]}
+				p.done(response[i], nil)
 			}
 		case error:
-			answer(f.proposals, outcome{err: response})
+			answer(f.proposals, response)
 		}
 	}
 }
@@ -167,8 +192,8 @@ func (s *Store) arrival(f raft.Future) error {
 	}
 }
 
-func answer(batch []*proposal, out outcome) {
+func answer(batch []*proposal, err error) {
 	for _, p := range batch {
-		p.done <- out
+		p.done(command.Result{}, err)
 	}
 }

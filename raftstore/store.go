@@ -47,6 +47,9 @@ type Config struct {
 	// Transport connects the servers; the store closes it. Nil: an in-memory one
 	// that reaches nobody.
 	Transport raft.Transport
+	// Peers, when not nil, is how this server asks another one that leads: proposals
+	// and reads then work on every server. Nil: they fail where this one does not lead.
+	Peers Peers
 	// Logger receives what raft and the store have to say. Nil: nothing is logged.
 	Logger *slog.Logger
 	// Metrics, when not nil, gets the store's collectors; Close takes them back.
@@ -115,6 +118,10 @@ type Store struct {
 	wake    chan struct{} // capacity 1: waiting is not empty
 	flights chan flight   // entries handed to raft, in order
 
+	nextRound    *round        // the reads that the next question to the quorum answers
+	readers      chan struct{} // capacity 1: nextRound is not nil
+	leaderChange chan struct{} // closed and replaced when who leads has changed
+
 	// readTerm is the term in which this server, as leader, has applied everything
 	// that earlier leaders acknowledged; zero before that.
 	readTerm  atomic.Uint64
@@ -152,6 +159,7 @@ func Open(cfg Config) (_ *Store, err error) {
 		room:    semaphore.NewWeighted(cfg.PendingBytes),
 		wake:    make(chan struct{}, 1),
 		flights: make(chan flight, 1),
+		readers: make(chan struct{}, 1), leaderChange: make(chan struct{}),
 		ready:   make(chan struct{}),
 		closing: make(chan struct{}),
 		landed:  make(chan struct{}),
@@ -181,12 +189,13 @@ func Open(cfg Config) (_ *Store, err error) {
 	s.running.Go(s.lead)
 	s.running.Go(s.batch)
 	s.running.Go(s.land)
+	s.running.Go(s.answerReads)
 	return s, nil
 }
 
 // startRaft opens the log, makes a new cluster if there is none, and starts raft.
 func (s *Store) startRaft() error {
-	logger := newHclog(s.log)
+	logger := RaftLogger(s.log)
 	bolt, err := raftboltdb.New(raftboltdb.Options{
 		Path:        filepath.Join(s.cfg.Dir, "raft.db"),
 		BoltOptions: &bbolt.Options{Timeout: time.Second, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType},
@@ -258,33 +267,6 @@ func (s *Store) bootstrapRaft(cfg *raft.Config, log raft.LogStore, snapshots raf
 		return fmt.Errorf("make a new cluster: %w", err)
 	}
 	return nil
-}
-
-// campaignIfAlone lets the only voter of a cluster stand for election at once:
-// nobody else could lead, so there is no leader to wait for. The message is the
-// one that a leader sends to hand over; failing to send it costs one timeout.
-func (s *Store) campaignIfAlone() {
-	servers := s.raft.GetConfiguration().Configuration().Servers
-	voters := 0
-	self := false
-	for _, server := range servers {
-		if server.Suffrage == raft.Voter {
-			voters++
-			self = self || string(server.ID) == s.cfg.NodeID
-		}
-	}
-	if voters != 1 || !self {
-		return
-	}
-	id, address := raft.ServerID(s.cfg.NodeID), s.cfg.Transport.LocalAddr()
-	request := raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{
-		ProtocolVersion: raft.ProtocolVersionMax,
-		ID:              []byte(id),
-		Addr:            s.cfg.Transport.EncodePeer(id, address),
-	}}
-	if err := s.cfg.Transport.TimeoutNow(id, address, &request, &raft.TimeoutNowResponse{}); err != nil {
-		s.log.Warn("standing for election at once", "error", err)
-	}
 }
 
 // checkCluster compares the snapshot's cluster with the folder's.
@@ -367,16 +349,19 @@ const closeTimeout = 2 * time.Second
 // ErrClosed, watches end with it. Close is idempotent.
 func (s *Store) Close() error {
 	s.closeOnce.Do(func() {
+		s.HandOver()
+		s.mu.Lock() // who passed refusal before has been counted
 		close(s.closing)
+		s.mu.Unlock()
 		s.hub.close()
-		s.await(s.landed) // entries under way may still be acknowledged
+		s.awaitEnd(s.landed) // entries under way may still be acknowledged
 		s.closeErr = s.release()
 	})
 	return s.closeErr
 }
 
-// await waits for done, but not longer than closeTimeout or raft last.
-func (s *Store) await(done <-chan struct{}) {
+// awaitEnd waits for done, but not longer than closeTimeout or raft last.
+func (s *Store) awaitEnd(done <-chan struct{}) {
 	timer := time.NewTimer(closeTimeout)
 	defer timer.Stop()
 	select {
@@ -394,7 +379,7 @@ func (s *Store) shutdownRaft() error {
 	answered := make(chan struct{})
 	s.mu.Unlock()
 	go func() { s.asking.Wait(); close(answered) }()
-	s.await(answered)
+	s.awaitEnd(answered)
 	if err := s.raft.Shutdown().Error(); err != nil {
 		return fmt.Errorf("stop raft: %w", err)
 	}

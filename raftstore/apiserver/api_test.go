@@ -334,7 +334,7 @@ func TestWatchProgressAndLimit(t *testing.T) {
 func TestReport(t *testing.T) {
 	f := newFixture(t)
 	n1 := f.as(pki.Node("n1"))
-	if !f.server.LastContact("n1").IsZero() {
+	if !f.LastContact("n1").IsZero() {
 		t.Error("contact before any report")
 	}
 	f.create(newPod("mine", "n1"), newPod("other", "n2"), newPod("ending", "n1"), newNode("n2"))
@@ -387,7 +387,7 @@ func TestReport(t *testing.T) {
 	if _, ok := f.store.View().Get(api.KeyOf(newPod("ending", ""))); ok {
 		t.Error("the ended pod is still there")
 	}
-	if f.server.LastContact("n1").IsZero() {
+	if f.LastContact("n1").IsZero() {
 		t.Error("the report does not count as contact")
 	}
 	// One rejection does not take the others with it.
@@ -397,8 +397,8 @@ func TestReport(t *testing.T) {
 	if err != nil || !apierrors.IsAlreadyExists(errs[0]) || errs[1] != nil {
 		t.Errorf("%v %v", errs, err)
 	}
-	before := f.server.LastContact("n1")
-	if errs, err := n1.Report(timeout(t), "n1", nil); err != nil || len(errs) != 0 || !f.server.LastContact("n1").After(before) {
+	before := f.LastContact("n1")
+	if errs, err := n1.Report(timeout(t), "n1", nil); err != nil || len(errs) != 0 || !f.LastContact("n1").After(before) {
 		t.Errorf("empty report: %v %v", errs, err)
 	}
 }

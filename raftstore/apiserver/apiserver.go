@@ -16,7 +16,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -30,7 +29,8 @@ type Config struct {
 
 	// TLS holds the server's certificate and, in ClientCAs, who signs clients. The
 	// server sets the rest: TLS 1.3, and a certificate from everyone who wants more
-	// than to know whether the server lives.
+	// than to know whether the server lives. Nil: the connections that Serve gets are
+	// *tls.Conn whose handshake has asked for a certificate.
 	TLS *tls.Config
 	// Version is shown by /version and `kubectl version` after the API level.
 	Version string
@@ -43,6 +43,10 @@ type Config struct {
 	// Mount adds handlers below a path ("/git/"). Their requests are authenticated:
 	// [IdentityFrom] tells who asks.
 	Mount map[string]http.Handler
+	// Open adds handlers below a path that serve anybody, without a certificate.
+	Open map[string]http.Handler
+	// Heard is told when a node reports; nil: nobody wants to know. It must not wait.
+	Heard func(node string, at time.Time)
 	Log   *slog.Logger // nil: slog.Default()
 	Limits
 }
@@ -85,8 +89,6 @@ type Server struct {
 	pages   pageCache
 	watches gauge
 	streams gauge
-
-	contacts sync.Map // node name -> time.Time of its last report
 }
 
 // New returns a Server that serves nothing by itself yet: see [Server.Serve].
@@ -105,26 +107,17 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-// LastContact returns when a node reported last, by the clock of this server; zero
-// if it has not since the server started.
-func (s *Server) LastContact(node string) time.Time {
-	t, _ := s.contacts.Load(node)
-	last, _ := t.(time.Time)
-	return last
-}
-
 // Serve answers connections of l over TLS until ctx is done, then ends watches and
 // streams, lets other requests finish for up to five seconds, and closes l. It
 // returns nil after an orderly end.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
-	if s.cfg.TLS == nil || s.cfg.TLS.ClientCAs == nil {
+	if s.cfg.TLS != nil && s.cfg.TLS.ClientCAs == nil {
 		return errors.New("serve API: no TLS configuration with client CAs")
 	}
 	base, cancel := context.WithCancel(ctx)
 	defer cancel()
 	srv := &http.Server{
 		Handler:           s,
-		TLSConfig:         tlsConfig(s.cfg.TLS),
 		BaseContext:       func(net.Listener) context.Context { return base },
 		ReadHeaderTimeout: 10 * time.Second,
 		IdleTimeout:       2 * time.Minute,
@@ -134,7 +127,14 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 		HTTP2: &http.HTTP2Config{MaxConcurrentStreams: 250, SendPingTimeout: 15 * time.Second, PingTimeout: 15 * time.Second, WriteByteTimeout: 30 * time.Second},
 	}
 	failed := make(chan error, 1)
-	go func() { failed <- srv.ServeTLS(l, "", "") }()
+	go func() {
+		if s.cfg.TLS == nil {
+			failed <- srv.Serve(l)
+			return
+		}
+		srv.TLSConfig = tlsConfig(s.cfg.TLS)
+		failed <- srv.ServeTLS(l, "", "")
+	}()
 	select {
 	case err := <-failed:
 		return fmt.Errorf("serve API on %s: %w", l.Addr(), err)

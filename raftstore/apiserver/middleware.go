@@ -36,7 +36,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.log.Debug("served", "method", r.Method, "path", r.URL.Path, "query", loggedQuery(r),
 			"code", rec.code, "bytes", rec.written, "user", who.Name, "remote", r.RemoteAddr, "took", time.Since(start))
 	}()
-	if !known && !health[r.URL.Path] {
+	if !known && !health[r.URL.Path] && !below(s.cfg.Open, r.URL.Path) {
 		s.fail(rec, r, statusError(http.StatusUnauthorized, metav1.StatusReasonUnauthorized, "a client certificate signed by the cluster's CA is needed"))
 		return
 	}
@@ -91,9 +91,14 @@ func objectPath(p string) bool {
 	return parts[0] == "api" && len(parts) > 2 || parts[0] == "apis" && len(parts) > 3
 }
 
+// mounted reports whether a handler of somebody else serves path.
 func (s *Server) mounted(path string) bool {
-	for prefix := range s.cfg.Mount {
-		if strings.HasPrefix(path, prefix) {
+	return below(s.cfg.Mount, path) || below(s.cfg.Open, path)
+}
+
+func below(handlers map[string]http.Handler, path string) bool {
+	for prefix := range handlers {
+		if path == prefix || strings.HasSuffix(prefix, "/") && strings.HasPrefix(path, prefix) {
 			return true
 		}
 	}

@@ -84,7 +84,9 @@ func (s *Server) report(w http.ResponseWriter, r *http.Request, node string) err
 	if len(report.Items) > MaxReport {
 		return apierrors.NewRequestEntityTooLargeError(fmt.Sprintf("a report has at most %d items", MaxReport))
 	}
-	s.contacts.Store(node, time.Now())
+	if s.cfg.Heard != nil {
+		s.cfg.Heard(node, time.Now())
+	}
 	results := make([]error, len(report.Items))
 	view := s.cfg.Store.View()
 	var batch []indexed

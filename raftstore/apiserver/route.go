@@ -43,8 +43,10 @@ func (s *Server) newRoutes() http.Handler {
 	if s.cfg.Metrics != nil {
 		mux.Handle("GET /metrics", s.cfg.Metrics)
 	}
-	for pattern, h := range s.cfg.Mount {
-		mux.Handle(pattern, h)
+	for _, handlers := range []map[string]http.Handler{s.cfg.Mount, s.cfg.Open} {
+		for pattern, h := range handlers {
+			mux.Handle(pattern, h)
+		}
 	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		s.fail(w, r, statusError(http.StatusNotFound, metav1.StatusReasonNotFound, "the server has nothing at "+r.URL.Path))

@@ -51,6 +51,14 @@ type fixture struct {
 	nodes      *fakeNodes
 	sources    *fakeSources
 	logs       *syncBuffer
+	heard      sync.Map // node -> time.Time
+}
+
+// LastContact is when the server last told that a node has reported.
+func (f *fixture) LastContact(node string) time.Time {
+	t, _ := f.heard.Load(node)
+	last, _ := t.(time.Time)
+	return last
 }
 
 // syncBuffer collects the log of a server.
@@ -90,8 +98,9 @@ func newFixture(t testing.TB, change ...func(*apiserver.Config)) *fixture {
 	}
 	cfg := apiserver.Config{
 		Store: f.store, Nodes: f.nodes, Sources: f.sources, Version: "0.1.0",
-		TLS: &tls.Config{Certificates: []tls.Certificate{cert}, ClientCAs: f.ca.Pool()},
-		Log: slog.New(slog.NewTextHandler(f.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
+		Heard: func(node string, at time.Time) { f.heard.Store(node, at) },
+		TLS:   &tls.Config{Certificates: []tls.Certificate{cert}, ClientCAs: f.ca.Pool()},
+		Log:   slog.New(slog.NewTextHandler(f.logs, &slog.HandlerOptions{Level: slog.LevelDebug})),
 	}
 	for _, c := range change {
 		c(&cfg)

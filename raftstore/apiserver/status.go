@@ -91,6 +91,14 @@ func (s *Server) fail(w http.ResponseWriter, r *http.Request, err error) {
 	writeJSON(w, int(status.Code), status)
 }
 
+// WriteError answers with the Status of err, as every part of the API does: for
+// handlers that are mounted.
+func WriteError(w http.ResponseWriter, err error) {
+	status := statusOf(err)
+	status.TypeMeta = metav1.TypeMeta{APIVersion: "v1", Kind: "Status"}
+	writeJSON(w, int(status.Code), status)
+}
+
 func writeJSON(w http.ResponseWriter, code int, v any) {
 	data, err := json.Marshal(v)
 	if err != nil {

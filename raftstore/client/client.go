@@ -22,7 +22,9 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -34,7 +36,13 @@ import (
 // Config says which server to ask, and as whom.
 type Config struct {
 	Server string // "https://127.0.0.1:7443"
-	CA     []byte // PEM
+	// Others, when not nil, returns more servers of the same cluster, as host:port. One
+	// of them is asked when a server cannot be reached.
+	Others func() []string
+	// TLS, when not nil, is used instead of CA and certificates: see
+	// [pki.Keeper.ClientTLS].
+	TLS *tls.Config
+	CA  []byte // PEM
 	// Pair is read once, or CertFile and KeyFile before every new connection: a
 	// renewed certificate is used without a restart.
 	Pair              pki.Pair
@@ -66,7 +74,7 @@ func FromFiles(server, caFile, certFile, keyFile string) (Config, error) {
 // Client is safe for concurrent use. Close releases idle connections.
 type Client struct {
 	cfg  Config
-	base *url.URL
+	base atomic.Pointer[url.URL]
 	tls  *tls.Config
 	http *http.Client
 	log  *slog.Logger
@@ -79,7 +87,7 @@ func New(cfg Config) (*Client, error) {
 		return nil, fmt.Errorf("new client: server %q is not an address such as https://127.0.0.1:7443", cfg.Server)
 	}
 	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(cfg.CA) {
+	if cfg.TLS == nil && !pool.AppendCertsFromPEM(cfg.CA) {
 		return nil, errors.New("new client: the CA holds no certificate")
 	}
 	if cfg.Timeout == 0 {
@@ -88,12 +96,16 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Retries == 0 {
 		cfg.Retries = 4
 	}
-	c := &Client{cfg: cfg, base: base, log: cfg.Log, tls: &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool}}
+	c := &Client{cfg: cfg, log: cfg.Log, tls: cfg.TLS}
+	c.base.Store(base)
 	if c.log == nil {
 		c.log = slog.Default()
 	}
-	if err := c.loadIdentity(); err != nil {
-		return nil, err
+	if c.tls == nil {
+		c.tls = &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool}
+		if err := c.loadIdentity(); err != nil {
+			return nil, err
+		}
 	}
 	c.http = &http.Client{Transport: &http.Transport{
 		TLSClientConfig:     c.tls,
@@ -133,8 +145,29 @@ func (c *Client) loadIdentity() error {
 // Close releases idle connections; requests under way are not disturbed.
 func (c *Client) Close() { c.http.CloseIdleConnections() }
 
-// Server returns the address of the server.
-func (c *Client) Server() string { return c.base.String() }
+// Server returns the address of the server that is asked now.
+func (c *Client) Server() string { return c.base.Load().String() }
+
+// turn goes on to the next server, unless somebody has done so already. It reports
+// whether there is another one.
+func (c *Client) turn(from *url.URL) bool {
+	if c.cfg.Others == nil {
+		return false
+	}
+	others := c.cfg.Others()
+	at := slices.Index(others, from.Host) // -1 begins with the first
+	for i := range others {
+		next := others[(at+1+i)%len(others)]
+		if next == from.Host {
+			continue
+		}
+		u := *from
+		u.Host = next
+		c.base.CompareAndSwap(from, &u)
+		return true
+	}
+	return false
+}
 
 // request describes one call.
 type request struct {
@@ -151,9 +184,13 @@ type request struct {
 // a server that asks for patience are met with retries, as far as that is harmless.
 func (c *Client) do(ctx context.Context, r request) (*http.Response, error) {
 	for attempt := 0; ; attempt++ {
-		resp, err := c.once(ctx, r)
+		base := c.base.Load()
+		resp, err := c.once(ctx, base, r)
 		if err == nil {
 			return resp, nil
+		}
+		if !isStatus(err) || apierrors.IsServiceUnavailable(err) {
+			c.turn(base)
 		}
 		if attempt >= c.cfg.Retries || ctx.Err() != nil || !retriable(err, r) {
 			return nil, err
@@ -185,8 +222,8 @@ func isStatus(err error) bool {
 	return errors.As(err, &s)
 }
 
-func (c *Client) once(ctx context.Context, r request) (*http.Response, error) {
-	u := *c.base
+func (c *Client) once(ctx context.Context, base *url.URL, r request) (*http.Response, error) {
+	u := *base
 	u.Path += r.path
 	u.RawQuery = r.query.Encode()
 	req, err := http.NewRequestWithContext(ctx, r.method, u.String(), bytes.NewReader(r.body))
@@ -203,7 +240,7 @@ func (c *Client) once(ctx context.Context, r request) (*http.Response, error) {
 		if errors.As(err, &ue) {
 			err = ue.Err // the URL is said below, without its query
 		}
-		return nil, fmt.Errorf("%s %s%s: %w", r.method, c.base, r.path, err)
+		return nil, fmt.Errorf("%s %s%s: %w", r.method, base, r.path, err)
 	}
 	if resp.StatusCode >= 200 && resp.StatusCode < 300 {
 		return resp, nil

@@ -195,8 +195,12 @@ func (c *Client) WatchObjects(ctx context.Context, k *api.Kind, o WatchOptions) 
 		if o.Timeout > 0 {
 			q.Set("timeoutSeconds", strconv.FormatInt(int64((o.Timeout+time.Second-1)/time.Second), 10))
 		}
-		resp, err := c.once(ctx, request{method: http.MethodGet, path: Path(k, o.Namespace, ""), query: q})
+		base := c.base.Load()
+		resp, err := c.once(ctx, base, request{method: http.MethodGet, path: Path(k, o.Namespace, ""), query: q})
 		if err != nil {
+			if !isStatus(err) || apierrors.IsServiceUnavailable(err) {
+				c.turn(base) // whoever comes back asks another server
+			}
 			yield(Event{}, expiredError(err))
 			return
 		}

@@ -78,7 +78,7 @@ func (c *Client) Exec(ctx context.Context, namespace, pod string, e apiserver.Ex
 		q.Set("container", e.Container)
 	}
 	k, _ := api.KindFor(api.Pods)
-	u := *c.base
+	u := *c.base.Load()
 	u.Path += Path(k, namespace, pod) + "/exec"
 	u.RawQuery = q.Encode()
 	executor, err := remotecommand.NewWebSocketExecutor(cfg, http.MethodGet, u.String())
@@ -116,7 +116,7 @@ func (c *Client) restConfig() (*rest.Config, error) {
 			return nil, fmt.Errorf("load client certificate: %w", err)
 		}
 	}
-	return &rest.Config{Host: c.base.String(), TLSClientConfig: rest.TLSClientConfig{CAData: c.cfg.CA, CertData: pair.CertPEM, KeyData: pair.KeyPEM}}, nil
+	return &rest.Config{Host: c.Server(), TLSClientConfig: rest.TLSClientConfig{CAData: c.cfg.CA, CertData: pair.CertPEM, KeyData: pair.KeyPEM}}, nil
 }
 
 // sizeQueue hands terminal sizes to client-go.

@@ -116,6 +116,23 @@ func (i *Issuer) Sign(csrPEM []byte, r Request, now time.Time) (chainPEM []byte,
 	return i.sign(key, r, now)
 }
 
+// Issue makes a key and a certificate for it. It is valid for a year unless r says
+// else.
+func (i *Issuer) Issue(r Request, now time.Time) (Pair, error) {
+	key, keyPEM, err := newKey()
+	if err != nil {
+		return Pair{}, fmt.Errorf("issue certificate for %s: %w", r.Name, err)
+	}
+	if r.Lifetime == 0 {
+		r.Lifetime = unattendedLifetime
+	}
+	certPEM, err := i.sign(key.Public(), r, now)
+	if err != nil {
+		return Pair{}, err
+	}
+	return Pair{CertPEM: certPEM, KeyPEM: keyPEM}, nil
+}
+
 func (i *Issuer) sign(key crypto.PublicKey, r Request, now time.Time) ([]byte, error) {
 	if err := r.Check(); err != nil {
 		return nil, fmt.Errorf("issue certificate for %.80q: %w", r.Name, err)

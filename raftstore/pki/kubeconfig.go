@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"time"
 
 	clientcmd "k8s.io/client-go/tools/clientcmd/api/v1"
 	"sigs.k8s.io/yaml"
@@ -27,6 +28,12 @@ func (k Kubeconfig) Write(path string) error {
 		return fmt.Errorf("write kubeconfig %s: %w", path, err)
 	}
 	return writeFile(path, data, 0o600)
+}
+
+// Fresh reports whether the certificate is one that needs no renewal yet.
+func (k Kubeconfig) Fresh(now time.Time) bool {
+	pair, err := k.Pair.TLS()
+	return err == nil && now.Before(renewAt(pair.Leaf))
 }
 
 // Marshal returns k as YAML.

@@ -136,20 +136,7 @@ func (p Pair) TLS() (tls.Certificate, error) {
 
 // Issue signs a new certificate for a new key; it is valid for a year unless r says
 // otherwise, or as long as the CA if that is shorter.
-func (a *Authority) Issue(r Request, now time.Time) (Pair, error) {
-	key, keyPEM, err := newKey()
-	if err != nil {
-		return Pair{}, fmt.Errorf("issue certificate for %s: %w", r.Name, err)
-	}
-	if r.Lifetime == 0 {
-		r.Lifetime = unattendedLifetime
-	}
-	certPEM, err := a.issuer.sign(key.Public(), r, now)
-	if err != nil {
-		return Pair{}, err
-	}
-	return Pair{CertPEM: certPEM, KeyPEM: keyPEM}, nil
-}
+func (a *Authority) Issue(r Request, now time.Time) (Pair, error) { return a.issuer.Issue(r, now) }
 
 // Ensure returns the pair in base.crt and base.key of dir, and issues it when it is
 // absent, damaged, signed by another CA, for another identity or set of hosts, or

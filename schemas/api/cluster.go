@@ -39,6 +39,9 @@ type ServerStatus struct {
 	KeyEpoch int64 `json:"keyEpoch,omitempty"`
 	// Issuer is the fingerprint of the CA that signed its certificate.
 	Issuer string `json:"issuer,omitempty"`
+	// Removed is set when the server was taken out of the cluster: it must not come
+	// back by itself.
+	Removed *metav1.Time `json:"removed,omitempty"`
 }
 
 // Authority is what the cluster signs and encrypts with. It is internal: it is
@@ -96,3 +99,33 @@ type JoinTokenSpec struct {
 	// By is who made it.
 	By string `json:"by,omitempty"`
 }
+
+// Machine is what the cluster remembers of a machine that has joined, to know it
+// again: one name belongs to one key. It is internal. Its name is ROLE-NODE.
+type Machine struct {
+	metav1.TypeMeta   `json:",inline"`
+	metav1.ObjectMeta `json:"metadata,omitempty"`
+	Spec              MachineSpec   `json:"spec,omitempty"`
+	Status            MachineStatus `json:"status,omitempty"`
+}
+
+// MachineSpec says who the machine is.
+type MachineSpec struct {
+	Role string `json:"role"`
+	Node string `json:"node"`
+	// Key is the SHA-256 of its public key, in hexadecimal digits.
+	Key string `json:"key"`
+}
+
+// MachineStatus is what the machine holds, for the rotation of the CA.
+type MachineStatus struct {
+	// Issuer is the fingerprint of the CA that signed its certificate, Trusts those of
+	// the CAs that it trusts.
+	Issuer string   `json:"issuer,omitempty"`
+	Trusts []string `json:"trusts,omitempty"`
+	// Expires is when its certificate ends.
+	Expires metav1.Time `json:"expires,omitempty"`
+}
+
+// MachineName is the name of the Machine that a role and a node make.
+func MachineName(role, node string) string { return role + "-" + node }

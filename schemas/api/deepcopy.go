@@ -31,6 +31,7 @@ func (r *Revision) DeepCopyObject() runtime.Object {
 func (s *Server) DeepCopyObject() runtime.Object {
 	c := *s
 	s.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	c.Status.Removed = s.Status.Removed.DeepCopy()
 	return &c
 }
 
@@ -46,6 +47,14 @@ func (a *Authority) DeepCopyObject() runtime.Object {
 func (t *JoinToken) DeepCopyObject() runtime.Object {
 	c := *t
 	t.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	return &c
+}
+
+// DeepCopyObject implements runtime.Object.
+func (m *Machine) DeepCopyObject() runtime.Object {
+	c := *m
+	m.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	c.Status.Trusts = append(m.Status.Trusts[:0:0], m.Status.Trusts...)
 	return &c
 }
 

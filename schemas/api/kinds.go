@@ -29,6 +29,7 @@ const (
 	Servers        Resource = "servers.decree.dev"
 	Authorities    Resource = "authorities.decree.dev" // internal
 	JoinTokens     Resource = "jointokens.decree.dev"  // internal
+	Machines       Resource = "machines.decree.dev"    // internal
 )
 
 // Kind is everything Decree needs to know about a kind to serve it.
@@ -88,6 +89,7 @@ var kinds = []*Kind{
 	{GroupVersionKind: GroupVersion.WithKind("Server"), Plural: "servers", New: fresh[Server], Columns: serverColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Authority"), Plural: "authorities", Internal: true, New: fresh[Authority]},
 	{GroupVersionKind: GroupVersion.WithKind("JoinToken"), Plural: "jointokens", Internal: true, New: fresh[JoinToken]},
+	{GroupVersionKind: GroupVersion.WithKind("Machine"), Plural: "machines", Internal: true, New: fresh[Machine]},
 }
 
 func core(kind string) schema.GroupVersionKind { return corev1.SchemeGroupVersion.WithKind(kind) }

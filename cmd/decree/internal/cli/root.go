@@ -103,7 +103,8 @@ Nothing else changes what should run.`,
 		id, title string
 		verbs     []*cobra.Command
 	}{
-		{"cluster", "Cluster:", []*cobra.Command{upCmd(e), downCmd(e), statusCmd(e), doctorCmd(e)}},
+		{"cluster", "Cluster:", []*cobra.Command{upCmd(e), downCmd(e), serverCmd(e), agentCmd(e), statusCmd(e), doctorCmd(e)}},
+		{"servers", "Servers:", []*cobra.Command{membersCmd(e), tokenCmd(e), caCmd(e)}},
 		{"git", "Manifests and Git:", []*cobra.Command{initCmd(e), vetCmd(e), renderCmd(e), planCmd(e), sourceCmd(e)}},
 		{"look", "Looking:", []*cobra.Command{getCmd(e), describeCmd(e), logsCmd(e), execCmd(e), eventsCmd(e)}},
 	}
@@ -126,7 +127,9 @@ func strict(c *cobra.Command) {
 	check := c.Args
 	if c.HasSubCommands() {
 		check = knownVerb
-		c.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+		if c.RunE == nil {
+			c.RunE = func(c *cobra.Command, _ []string) error { return c.Help() }
+		}
 		c.DisableFlagsInUseLine, c.SuggestionsMinimumDistance = true, 2
 	}
 	c.Args = func(c *cobra.Command, args []string) error {

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -14,57 +16,164 @@ import (
 // newCompiler returns a compiler whose child processes are this binary.
 func newCompiler() (*compile.Process, error) { return daemon.NewCompiler() }
 
+// daemonFlags are the flags of every verb that runs a daemon. check reads those that
+// are text.
+type daemonFlags struct {
+	level, serviceCIDR, podCIDR, dns string
+	tokenFile                        string
+}
+
 func upCmd(e *env) *cobra.Command {
 	cfg := daemon.Config{Version: version}
-	var level, serviceCIDR, podCIDR, dns string
+	var flags daemonFlags
 	withAgent := true
 	c := &cobra.Command{
 		Use:   "up",
-		Short: "Run a one-node cluster on this machine until Ctrl-C",
+		Short: "Run a server and an agent on this machine until Ctrl-C",
 		Long: `Up runs a server and an agent in one process, with a Git repository of its own.
 What runs is what that repository says. Ctrl-C stops decree only: containers go on
-and services keep answering; the next up adopts them. See also: decree down.`,
+and services keep answering; the next up adopts them. See also: decree down.
+
+One machine is a whole cluster. Others can join it when --address is one that they
+reach: decree server --help.`,
 		Example: `  decree up
   decree up --repo examples/hello --images bin/images`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			var l slog.Level
-			if err := l.UnmarshalText([]byte(level)); err != nil {
-				return usageError{fmt.Errorf("--log-level %q: expected debug, info, warn or error", level)}
+			if err := flags.apply(e, &cfg); err != nil {
+				return err
 			}
-			cfg.Log = slog.New(slog.NewTextHandler(e.Err, &slog.HandlerOptions{Level: l}))
 			cfg.NoAgent = !withAgent
-			for _, r := range []struct {
-				flag, text string
-				into       *netip.Prefix
-			}{{"service-cidr", serviceCIDR, &cfg.ServiceCIDR}, {"pod-cidr", podCIDR, &cfg.PodCIDR}} {
-				p, err := netip.ParsePrefix(r.text)
-				if err != nil {
-					return usageError{fmt.Errorf("--%s: %w", r.flag, err)}
-				}
-				*r.into = p
-			}
-			addr, err := netip.ParseAddr(dns)
-			if err != nil {
-				return usageError{fmt.Errorf("--cluster-dns: %w", err)}
-			}
-			cfg.DNS = addr
 			return daemon.Up(c.Context(), cfg, e.Out)
 		},
 	}
 	dataFlags(c, &cfg)
-	f := c.Flags()
-	f.StringVar(&cfg.Address, "address", "127.0.0.1:7443", "host:port of the API and of the Git repositories")
-	f.StringVar(&cfg.Node, "node", "", "name of this node (default: the host's name)")
-	f.StringVar(&cfg.Seed, "repo", "", "folder that becomes the first commit of the built-in repository, if it has none")
-	f.StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
-	f.StringVar(&serviceCIDR, "service-cidr", "10.97.0.0/16", "addresses of services; for a new cluster")
-	f.StringVar(&podCIDR, "pod-cidr", "10.98.0.0/16", "addresses of pods; for a new cluster")
-	f.StringVar(&dns, "cluster-dns", "10.97.0.10", "address of the cluster DNS; for a new cluster")
-	f.StringVar(&cfg.Domain, "cluster-domain", "cluster.local", "domain of the cluster DNS")
-	f.StringVar(&level, "log-level", "warn", "debug, info, warn or error")
-	f.BoolVar(&withAgent, "agent", true, "run containers on this machine")
+	flags.common(c, &cfg)
+	flags.server(c, &cfg, "127.0.0.1:7443")
+	c.Flags().StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
+	c.Flags().BoolVar(&withAgent, "agent", true, "run containers on this machine")
 	return c
+}
+
+func serverCmd(e *env) *cobra.Command {
+	cfg := daemon.Config{Version: version, NoAgent: true}
+	var flags daemonFlags
+	c := &cobra.Command{
+		Use:   "server",
+		Short: "Run a server of the control plane on this machine until Ctrl-C",
+		Long: `Server runs the control plane: the replicated state, the API, Git and the
+controllers. The first one founds a cluster; more join it with a token and get a vote
+as soon as they have caught up. Three servers survive the loss of one, five of two.
+
+A server whose data folder was lost joins again with a token for its name (decree
+token create --role server --node NAME) and takes the place of its former self.`,
+		Example: `  decree server --address 0.0.0.0:7443              # the first
+  decree token create --role server                 # there, for the others
+  decree server --address 0.0.0.0:7443 --join HOST:7443 --token TOKEN
+  decree members`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := flags.apply(e, &cfg); err != nil {
+				return err
+			}
+			return daemon.Up(c.Context(), cfg, e.Out)
+		},
+	}
+	dataFlags(c, &cfg)
+	flags.common(c, &cfg)
+	flags.server(c, &cfg, "0.0.0.0:7443")
+	return c
+}
+
+func agentCmd(e *env) *cobra.Command {
+	cfg := daemon.Config{Version: version}
+	var flags daemonFlags
+	c := &cobra.Command{
+		Use:   "agent",
+		Short: "Run the agent of this machine, for servers elsewhere, until Ctrl-C",
+		Long: `Agent runs what the control plane schedules onto this machine. It joins with a
+token once, and keeps its certificate renewed from then on. It goes on without any
+server: containers are restarted, probes run, services answer.`,
+		Example: `  decree token create --role agent                  # on a server
+  decree agent --join HOST:7443 --token TOKEN`,
+		Args: cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := flags.apply(e, &cfg); err != nil {
+				return err
+			}
+			return daemon.Agent(c.Context(), cfg, e.Out)
+		},
+	}
+	dataFlags(c, &cfg)
+	flags.common(c, &cfg)
+	c.Flags().StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
+	return c
+}
+
+// common are the flags of servers and agents.
+func (d *daemonFlags) common(c *cobra.Command, cfg *daemon.Config) {
+	f := c.Flags()
+	f.StringVar(&cfg.Node, "node", "", "name of this node (default: the host's name)")
+	f.StringSliceVar(&cfg.Join, "join", nil, "host:port of servers of the cluster to join")
+	f.StringVar(&cfg.Token, "token", "", "token to join with (default: $DECREE_TOKEN)")
+	f.StringVar(&d.tokenFile, "token-file", "", "file that holds the token")
+	f.StringVar(&d.level, "log-level", "warn", "debug, info, warn or error")
+}
+
+// server are the flags of servers.
+func (d *daemonFlags) server(c *cobra.Command, cfg *daemon.Config, address string) {
+	f := c.Flags()
+	f.StringVar(&cfg.Address, "address", address, "host:port of everything this server serves")
+	f.StringVar(&cfg.Advertise, "advertise", "", "host:port that other machines reach this server at (default: --address, or this machine's first address)")
+	f.StringVar(&cfg.Site, "site", "", "where this machine stands, for decree members")
+	f.BoolVar(&cfg.NonVoter, "non-voter", false, "hold the whole state, never vote")
+	f.DurationVar(&cfg.Grace, "dead-server-grace", 0, "how long a dead server is waited for before it is given up (default 1h; negative: for ever)")
+	f.DurationVar(&cfg.Heartbeat, "heartbeat-timeout", 0, "how long to wait for a leader that falls silent (default 300ms); the same on all servers")
+	f.StringVar(&cfg.Seed, "repo", "", "folder that becomes the first commit of the built-in repository, if it has none")
+	f.StringVar(&d.serviceCIDR, "service-cidr", "10.97.0.0/16", "addresses of services; for a new cluster")
+	f.StringVar(&d.podCIDR, "pod-cidr", "10.98.0.0/16", "addresses of pods; for a new cluster")
+	f.StringVar(&d.dns, "cluster-dns", "10.97.0.10", "address of the cluster DNS; for a new cluster")
+	f.StringVar(&cfg.Domain, "cluster-domain", "cluster.local", "domain of the cluster DNS")
+}
+
+// apply checks the flags and puts them into cfg.
+func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
+	var l slog.Level
+	if err := l.UnmarshalText([]byte(d.level)); err != nil {
+		return usageError{fmt.Errorf("--log-level %q: expected debug, info, warn or error", d.level)}
+	}
+	cfg.Log = slog.New(slog.NewTextHandler(e.Err, &slog.HandlerOptions{Level: l}))
+	for _, r := range []struct {
+		flag, text string
+		into       *netip.Prefix
+	}{{"service-cidr", d.serviceCIDR, &cfg.ServiceCIDR}, {"pod-cidr", d.podCIDR, &cfg.PodCIDR}} {
+		if r.text == "" {
+			continue
+		}
+		p, err := netip.ParsePrefix(r.text)
+		if err != nil {
+			return usageError{fmt.Errorf("--%s: %w", r.flag, err)}
+		}
+		*r.into = p
+	}
+	if d.dns != "" {
+		addr, err := netip.ParseAddr(d.dns)
+		if err != nil {
+			return usageError{fmt.Errorf("--cluster-dns: %w", err)}
+		}
+		cfg.DNS = addr
+	}
+	if d.tokenFile != "" {
+		data, err := os.ReadFile(d.tokenFile)
+		if err != nil {
+			return fmt.Errorf("--token-file: %w", err)
+		}
+		cfg.Token = strings.TrimSpace(string(data))
+	}
+	if cfg.Token == "" {
+		cfg.Token = os.Getenv("DECREE_TOKEN")
+	}
+	return nil
 }
 
 func downCmd(e *env) *cobra.Command {

@@ -138,8 +138,15 @@ func openRuntime(ctx context.Context, cfg *Config) (*containerd.Runtime, *contai
 	return rt, sup, err
 }
 
+// controlPlaneAt is where and as whom a node speaks to the control plane.
+type controlPlaneAt struct {
+	url    string          // of the server to ask first
+	others func() []string // host:port of all that are known
+	keeper *pki.Keeper
+}
+
 // newNode opens runtime and network. The control plane need not answer.
-func newNode(ctx context.Context, cfg *Config, authority *pki.Authority, url string, metrics prometheus.Registerer) (_ *node, err error) {
+func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics prometheus.Registerer) (_ *node, err error) {
 	n := &node{cfg: cfg, changed: fanout{make(chan struct{}, 1), make(chan struct{}, 1), make(chan struct{})}}
 	defer func() {
 		if err != nil {
@@ -152,7 +159,7 @@ func newNode(ctx context.Context, cfg *Config, authority *pki.Authority, url str
 	if n.plane, err = netplane.New(cfg.network(metrics)); err != nil {
 		return nil, err
 	}
-	if n.mirror, err = newMirror(cfg, authority, url); err != nil {
+	if n.mirror, err = newMirror(cfg, at); err != nil {
 		return nil, err
 	}
 	n.agent, err = agent.New(agent.Config{
@@ -164,12 +171,8 @@ func newNode(ctx context.Context, cfg *Config, authority *pki.Authority, url str
 }
 
 // newMirror makes the node's local copy of what it needs to know.
-func newMirror(cfg *Config, authority *pki.Authority, url string) (*client.Mirror, error) {
-	pair, err := authority.Ensure(cfg.dir("pki"), "node", pki.Node(cfg.Node), time.Now())
-	if err != nil {
-		return nil, err
-	}
-	c, err := client.New(client.Config{Server: url, CA: authority.CertPEM(), Pair: pair, Log: cfg.Log})
+func newMirror(cfg *Config, at controlPlaneAt) (*client.Mirror, error) {
+	c, err := client.New(client.Config{Server: at.url, Others: at.others, TLS: at.keeper.ClientTLS(), Log: cfg.Log})
 	if err != nil {
 		return nil, err
 	}
@@ -179,7 +182,7 @@ func newMirror(cfg *Config, authority *pki.Authority, url string) (*client.Mirro
 }
 
 // run works until ctx ends; containers and services are left as they are.
-func (n *node) run(_ context.Context, start func(name string, f func(context.Context) error)) {
+func (n *node) run(start func(name string, f func(context.Context) error)) {
 	start("mirror", n.mirror.Run)
 	start("signals", func(ctx context.Context) error { return n.changed.run(ctx, n.mirror) })
 	start("network", n.plane.Run)

@@ -17,6 +17,9 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"decree.dev/decree/raftstore/membership"
+	"decree.dev/decree/raftstore/pki"
 )
 
 // Config is what `decree up` can be told. Zero values take the defaults of
@@ -29,6 +32,21 @@ type Config struct {
 
 	Seed   string // folder whose content becomes the first commit of the built-in repository
 	Images string // folder of image archives (*.tar) to import
+
+	// Join are servers of the cluster to join, host:port, with Token; none: found one.
+	Join  []string
+	Token string
+	// Advertise is host:port that other machines reach this server at.
+	Advertise string
+	Site      string // where this machine stands
+	NonVoter  bool   // hold everything, never vote
+	// Grace is how long a dead server is waited for before it is given up; zero: an
+	// hour, negative: for ever.
+	Grace time.Duration
+	// Heartbeat is how long a server waits for its leader; zero: the store's default.
+	Heartbeat time.Duration
+	// TrustEvery is the time between two looks at which CAs to trust; zero: join's.
+	TrustEvery time.Duration
 
 	NoAgent bool   // control plane only
 	Version string // of this build
@@ -85,6 +103,9 @@ func (c *Config) complete() error {
 		}
 		c.Node = strings.ToLower(host)
 	}
+	if err := pki.ValidNode(c.Node); err != nil {
+		return fmt.Errorf("--node: %w", err)
+	}
 	if !c.ServiceCIDR.IsValid() {
 		c.ServiceCIDR = netip.MustParsePrefix("10.97.0.0/16")
 	}
@@ -107,6 +128,30 @@ func (c *Config) complete() error {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	return nil
+}
+
+// advertise settles where others reach this server, from where it listens.
+func (c *Config) advertise(listening string) {
+	if c.Advertise != "" {
+		return
+	}
+	c.Advertise = listening
+	host, port, err := net.SplitHostPort(listening)
+	if ip := net.ParseIP(host); err == nil && ip != nil && ip.IsUnspecified() {
+		c.Advertise = net.JoinHostPort(hostIPs(c.PodCIDR, c.ServiceCIDR)[0].String(), port)
+	}
+}
+
+// policy says when servers are given up.
+func (c *Config) policy() membership.Policy {
+	p := membership.DefaultPolicy
+	switch {
+	case c.Grace > 0:
+		p.Grace = c.Grace
+	case c.Grace < 0:
+		p.Grace = 0
+	}
+	return p
 }
 
 // instance tells this cluster from others on the same machine, which have other data

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"decree.dev/decree/netplane"
-	"decree.dev/decree/raftstore/pki"
 	"decree.dev/decree/reconciler/containerd"
 
 	"github.com/moby/sys/mountinfo"
@@ -85,13 +84,13 @@ func stopPods(ctx context.Context, cfg *Config, purge bool) error {
 	if _, err := os.Stat(cfg.dir("runtime")); errors.Is(err, os.ErrNotExist) {
 		return nil // no agent ever ran
 	}
-	authority, err := pki.Open(cfg.dir("pki"), time.Now())
+	keeper, err := nodeKeeper(cfg)
 	if err != nil {
 		return err
 	}
 	supervising, cancel := context.WithCancel(ctx)
 	defer cancel()
-	n, err := newNode(supervising, cfg, authority, "https://"+cfg.Address, nil)
+	n, err := newNode(supervising, cfg, controlPlaneAt{url: "https://" + cfg.Address, keeper: keeper}, nil)
 	if err != nil {
 		return err
 	}

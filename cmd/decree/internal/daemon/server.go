@@ -2,7 +2,9 @@ package daemon
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/tls"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -22,8 +24,10 @@ import (
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/join"
+	"decree.dev/decree/raftstore/membership"
+	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/raftstore/pki"
-	"decree.dev/decree/reconciler/control"
 	"decree.dev/decree/reconciler/delivery"
 	"decree.dev/decree/reconciler/gitsource"
 	"decree.dev/decree/reconciler/replicated"
@@ -37,28 +41,36 @@ const BuiltIn = "cluster"
 // pushWatch is how long a push reports the progress of its rollout.
 const pushWatch = 2 * time.Minute
 
-// server is the control plane in this process.
+// server is the part of the control plane in this process.
 type server struct {
-	cfg       *Config
-	authority *pki.Authority
-	store     *raftstore.Store
-	compiler  *compile.Process
-	pipeline  *delivery.Pipeline
-	follower  *delivery.Follower
-	git       *gitsource.Server
-	mirror    *gitsource.Mirror
-	api       *apiserver.Server
-	nodes     *nodes
-	listener  net.Listener
-	metrics   *prometheus.Registry
-	fatal     chan error
+	cfg      *Config
+	id       string // in raft
+	creds    *credentials
+	mux      *peer.Mux
+	httpL    net.Listener
+	peerL    net.Listener
+	peers    *peer.Client
+	store    *raftstore.Store
+	members  *membership.Keeper
+	contacts *contacts
+	compiler *compile.Process
+	pipeline *delivery.Pipeline
+	follower *delivery.Follower
+	git      *gitsource.Server
+	mirror   *gitsource.Mirror
+	api      *apiserver.Server
+	nodes    *nodes
+	listener net.Listener
+	metrics  *prometheus.Registry
+	fatal    chan error
 }
 
-// newServer opens everything the control plane has on disk and listens. It is
-// ready to serve when it returns.
+// newServer opens everything the control plane has on disk and listens. It serves
+// once run is called.
 func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 	s := &server{cfg: cfg, metrics: prometheus.NewRegistry(), nodes: &nodes{}, fatal: make(chan error, 1)}
 	s.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	s.contacts = &contacts{nodes: s.nodeNames}
 	defer func() {
 		if err != nil {
 			s.close()
@@ -67,26 +79,11 @@ func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 	if s.listener, err = net.Listen("tcp", cfg.Address); err != nil {
 		return nil, fmt.Errorf("API: %w (another cluster? choose another --address)", err)
 	}
-	if s.authority, err = pki.Open(cfg.dir("pki"), time.Now()); err != nil {
+	cfg.advertise(s.listener.Addr().String())
+	if s.creds, err = serverCredentials(ctx, cfg); err != nil {
 		return nil, err
 	}
-	s.store, err = raftstore.Open(raftstore.Config{
-		Dir: cfg.dir("raft"), NodeID: cfg.Node, Logger: cfg.Log.With("part", "raft"), Metrics: s.metrics,
-		Bootstrap: &command.Bootstrap{ServiceCIDR: cfg.ServiceCIDR, PodCIDR: cfg.PodCIDR, NodeMask: 24, DNS: cfg.DNS},
-		Fatal:     func(err error) { s.fatal <- err },
-	})
-	if err != nil {
-		return nil, err
-	}
-	readyCtx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
-	if err := s.store.WaitReady(readyCtx); err != nil {
-		return nil, fmt.Errorf("store: %w", err)
-	}
-	// The ranges were settled when the cluster was born, whatever the flags say now.
-	born := s.store.View().Settings()
-	cfg.ServiceCIDR, cfg.PodCIDR, cfg.DNS = born.ServiceCIDR, born.PodCIDR, born.DNS
-	if err := s.bootstrap(ctx); err != nil {
+	if err := s.openStore(); err != nil {
 		return nil, err
 	}
 	if s.compiler, err = NewCompiler(); err != nil {
@@ -97,6 +94,94 @@ func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 		return nil, err
 	}
 	return s, s.newAPI()
+}
+
+// openStore opens the replicated state and what connects it to other servers.
+func (s *server) openStore() (err error) {
+	cfg, keeper := s.cfg, s.creds.keeper
+	if s.id, err = serverID(cfg, s.creds.founder != nil); err != nil {
+		return err
+	}
+	s.mux = peer.NewMux(s.listener, peer.MuxConfig{TLS: keeper.ServerTLS(), Admit: s.admit, Log: cfg.Log.With("part", "listener")})
+	s.httpL, s.peerL = s.mux.Listen("h2", "http/1.1"), s.mux.Listen(peer.ProtocolPeer)
+	dial := func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) }
+	s.peers = peer.NewClient(dial)
+	raftLog := cfg.Log.With("part", "raft")
+	storeCfg := raftstore.Config{
+		Dir: cfg.dir("raft"), NodeID: s.id, Logger: raftLog, Metrics: s.metrics, Peers: s.peers,
+		HeartbeatTimeout: cfg.Heartbeat,
+		Transport: peer.NewRaftTransport(peer.RaftConfig{
+			Listener: s.mux.Listen(peer.ProtocolRaft), Address: cfg.Advertise, TLS: dial, Log: raftLog,
+			Ended: func(who peer.Identity) { s.members.ConnectionEnded(who) },
+		}),
+		Fatal: func(err error) { s.fatal <- err },
+	}
+	if s.creds.founder != nil {
+		storeCfg.Bootstrap = &command.Bootstrap{ServiceCIDR: cfg.ServiceCIDR, PodCIDR: cfg.PodCIDR, NodeMask: 24, DNS: cfg.DNS}
+	}
+	// Before the store: its transport asks for it.
+	s.members = &membership.Keeper{Peers: s.peers, Self: s.self, Policy: cfg.policy(), Log: cfg.Log.With("part", "servers")}
+	s.store, err = raftstore.Open(storeCfg)
+	s.members.Store = s.store
+	return err
+}
+
+// serverID is this server's name in raft: the one that its folder has, or a new one.
+// The first server of a cluster is called like its machine.
+func serverID(cfg *Config, founder bool) (string, error) {
+	id, _, err := raftstore.Identity(cfg.dir("raft"))
+	if id != "" || err != nil {
+		return id, err
+	}
+	if founder {
+		return cfg.Node, nil
+	}
+	var b [3]byte
+	rand.Read(b[:])
+	return cfg.Node + "-" + hex.EncodeToString(b[:]), nil
+}
+
+// self is what this server says of itself.
+func (s *server) self() membership.Self {
+	return membership.Self{
+		ID:         s.id,
+		ServerSpec: api.ServerSpec{Node: s.cfg.Node, Address: s.cfg.Advertise, Site: s.cfg.Site, NonVoter: s.cfg.NonVoter},
+		ServerStatus: api.ServerStatus{
+			Version: s.cfg.Version, Format: command.Version, Issuer: s.creds.keeper.Issuer(),
+		},
+	}
+}
+
+// admit lets servers alone speak the protocols of servers, and no server that was
+// taken out of the cluster.
+func (s *server) admit(protocol string, state tls.ConnectionState) error {
+	if protocol != peer.ProtocolRaft && protocol != peer.ProtocolPeer {
+		return nil
+	}
+	who, ok := peer.IdentityOf(state)
+	if !ok {
+		return errors.New("servers show a certificate")
+	}
+	role, node, ok := pki.Who(state.VerifiedChains[0][0])
+	if !ok || role != api.RoleServer {
+		return fmt.Errorf("%s is no server", who.Name)
+	}
+	if protocol == peer.ProtocolRaft {
+		for o := range api.List[*api.Server](s.store.View(), "") {
+			if o.Spec.Node == node && o.Status.Removed != nil {
+				return fmt.Errorf("server %s was removed from the cluster", o.Name)
+			}
+		}
+	}
+	return nil
+}
+
+func (s *server) nodeNames() []string {
+	var names []string
+	for n := range api.List[*corev1.Node](s.store.View(), "") {
+		names = append(names, n.Name)
+	}
+	return names
 }
 
 // NewCompiler returns a compiler whose children are this binary.
@@ -135,64 +220,61 @@ func (s *server) openGit(ctx context.Context) (err error) {
 
 // newAPI assembles the API server.
 func (s *server) newAPI() error {
-	host, _, err := net.SplitHostPort(s.cfg.Address)
-	if err != nil {
-		return err
-	}
-	pair, err := s.authority.Ensure(s.cfg.dir("pki"), "server", pki.Server(host, "localhost", "127.0.0.1"), time.Now())
-	if err != nil {
-		return err
-	}
-	cert, err := pair.TLS()
-	if err != nil {
-		return err
-	}
-	admin, err := s.authority.Ensure(s.cfg.dir("pki"), "admin", pki.Admin("admin"), time.Now())
-	if err != nil {
-		return err
-	}
-	err = pki.Kubeconfig{Server: s.url(), CA: s.authority.CertPEM(), User: "admin", Pair: admin}.Write(Kubeconfig(s.cfg.Data))
+	joining, err := join.New(join.Config{Cluster: registry{s}, Log: s.cfg.Log.With("part", "join"), Registerer: s.metrics})
 	if err != nil {
 		return err
 	}
 	s.api, err = apiserver.New(apiserver.Config{
-		Store: s.store, Nodes: s.nodes, Sources: &sources{s},
-		TLS:     &tls.Config{Certificates: []tls.Certificate{cert}, ClientCAs: s.authority.Pool()},
+		Store: s.store, Nodes: s.nodes, Sources: &sources{s}, Heard: s.contacts.heard,
 		Version: s.cfg.Version, Log: s.cfg.Log.With("part", "api"), Registerer: s.metrics,
+		Ready:   s.ready,
 		Metrics: promhttp.HandlerFor(s.metrics, promhttp.HandlerOpts{}),
-		Mount:   map[string]http.Handler{"/git/": s.git},
+		Mount:   map[string]http.Handler{"/git/": s.git, clusterPath: s.clusterHandler(), join.RenewPath: joining.Renew()},
+		Open:    map[string]http.Handler{join.JoinPath: joining.Join()},
 	})
 	return err
 }
 
-// url is where the API answers.
+// ready says why this server cannot serve yet.
+func (s *server) ready(context.Context) error {
+	if id, _ := s.store.Leader(); id == "" {
+		return raftstore.ErrNotLeader
+	}
+	if s.store.View().Settings() == nil {
+		return errors.New("this server does not have the cluster's state yet")
+	}
+	return nil
+}
+
+// url is where the API of this server answers.
 func (s *server) url() string { return "https://" + s.listener.Addr().String() }
 
-// bootstrap makes what every cluster has before its first commit.
-func (s *server) bootstrap(ctx context.Context) error {
-	view := s.store.View()
-	var ms []api.Mutation
-	for _, o := range []api.Object{
-		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: "default"}},
-		&corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: delivery.SystemNamespace}},
-		&api.Source{ObjectMeta: metav1.ObjectMeta{Name: BuiltIn}},
-	} {
-		if _, ok := view.Get(api.KeyOf(o)); ok {
-			continue
-		}
-		if d := api.KindOf(o).Default; d != nil {
-			d(o)
-		}
-		ms = append(ms, api.Mutation{Verb: api.Create, Key: api.KeyOf(o), Object: o})
+// writeKubeconfig gives the operators of this machine their credentials, once there
+// are any to give, and again when the CA changes.
+func (s *server) writeKubeconfig(now time.Time) error {
+	issuer, err := s.issuer()
+	if err != nil {
+		return err
 	}
-	if len(ms) == 0 {
+	path := Kubeconfig(s.cfg.Data)
+	url := "https://" + localAddress(s.listener.Addr().String())
+	if old, err := pki.ReadKubeconfig(path); err == nil && old.Server == url && string(old.CA) == string(issuer.Bundle()) && old.Fresh(now) {
 		return nil
 	}
-	res, err := s.store.Propose(ctx, command.Txn{Time: time.Now().UnixMilli(), Actor: "system", Reason: "bootstrap", Mutations: ms})
+	pair, err := issuer.Issue(pki.Admin("admin"), now)
 	if err != nil {
-		return fmt.Errorf("bootstrap: %w", err)
+		return err
 	}
-	return res.Err()
+	return pki.Kubeconfig{Server: url, CA: issuer.Bundle(), User: "admin", Pair: pair}.Write(path)
+}
+
+// localAddress is how this machine reaches an address that it listens on.
+func localAddress(listening string) string {
+	host, port, err := net.SplitHostPort(listening)
+	if ip := net.ParseIP(host); err == nil && ip != nil && ip.IsUnspecified() {
+		return net.JoinHostPort("127.0.0.1", port)
+	}
+	return listening
 }
 
 // seed makes the first commit of the built-in repository from a folder, if it has
@@ -223,11 +305,15 @@ func (s *server) seed(ctx context.Context, folder string) error {
 }
 
 // run serves until ctx ends or a part fails for good.
-func (s *server) run(ctx context.Context, start func(name string, f func(context.Context) error)) {
-	start("api", func(ctx context.Context) error { return s.api.Serve(ctx, s.listener) })
-	controllers := &control.Controllers{Store: replicated.Store{Store: s.store}, Contacts: contacts{s}, Log: s.cfg.Log.With("part", "control")}
-	start("controllers", controllers.Run)
-	start("sources", s.follower.Run)
+func (s *server) run(start func(name string, f func(context.Context) error)) {
+	rpc := &peer.Server{Store: s.store, Handlers: s.calls(), Log: s.cfg.Log.With("part", "peers")}
+	start("listener", s.mux.Serve)
+	start("peers", func(ctx context.Context) error { return rpc.Serve(ctx, s.peerL) })
+	start("api", func(ctx context.Context) error { return s.api.Serve(ctx, s.httpL) })
+	start("lead", s.lead)
+	start("contacts", s.tell)
+	start("announce", s.announce)
+	start("credentials", s.keepCredentials)
 	start("store", func(ctx context.Context) error {
 		select {
 		case err := <-s.fatal:
@@ -236,6 +322,61 @@ func (s *server) run(ctx context.Context, start func(name string, f func(context
 			return nil
 		}
 	})
+}
+
+// awaitReady waits until this server has the cluster's state and knows who leads. If
+// it leads itself, it waits until everything is there that every cluster has.
+func (s *server) awaitReady(ctx context.Context) error {
+	if err := s.store.WaitReady(ctx); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	for {
+		view := s.store.View()
+		_, source := api.Get[*api.Source](view, "", BuiltIn)
+		_, authority := api.Get[*api.Authority](view, "", api.AuthorityName)
+		if source && authority {
+			break
+		}
+		if _, err := s.store.WaitChange(ctx, view.Revision()); err != nil {
+			return fmt.Errorf("store: %w", err)
+		}
+	}
+	// The ranges were settled when the cluster was born, whatever the flags say now.
+	born := s.store.View().Settings()
+	s.cfg.ServiceCIDR, s.cfg.PodCIDR, s.cfg.DNS = born.ServiceCIDR, born.PodCIDR, born.DNS
+	return s.writeKubeconfig(time.Now())
+}
+
+// keepCredentials keeps what this machine shows others good for as long as it runs.
+func (s *server) keepCredentials(ctx context.Context) error {
+	if err := s.awaitReady(ctx); err != nil {
+		return err
+	}
+	member := &join.Member{Keeper: s.creds.keeper, Servers: s.addresses, Log: s.cfg.Log.With("part", "certificates"), Every: s.cfg.TrustEvery}
+	g := newGroup(ctx)
+	g.start("renew", func(ctx context.Context) error { return s.creds.keeper.Run(ctx, member.Renew) })
+	g.start("follow", member.Follow)
+	g.start("kubeconfig", func(ctx context.Context) error {
+		for {
+			changed := s.creds.keeper.Changed()
+			if err := s.writeKubeconfig(time.Now()); err != nil {
+				s.cfg.Log.Warn("write the administrator's kubeconfig", "error", err)
+			}
+			if err := s.writeServers(); err != nil {
+				s.cfg.Log.Warn("write down where the servers are", "error", err)
+			}
+			timer := time.NewTimer(time.Minute)
+			select {
+			case <-changed:
+			case <-timer.C:
+			case <-ctx.Done():
+				timer.Stop()
+				return nil
+			}
+			timer.Stop()
+		}
+	})
+	return g.wait()
 }
 
 func (s *server) close() {
@@ -247,36 +388,32 @@ func (s *server) close() {
 			s.cfg.Log.Error("close store", "err", err)
 		}
 	}
+	if s.peers != nil {
+		s.peers.Close()
+	}
 	if s.listener != nil {
 		s.listener.Close()
 	}
 }
 
-// contacts tells the node controller when nodes were last heard of. A node that
-// has not reported since this server started is given its time from then on.
-type contacts struct{ *server }
-
-func (c contacts) LastContacts() map[string]time.Time {
-	m := map[string]time.Time{}
-	for n := range api.List[*corev1.Node](c.store.View(), "") {
-		if t := c.api.LastContact(n.Name); !t.IsZero() {
-			m[n.Name] = t
-		} else {
-			m[n.Name] = started
-		}
-	}
-	return m
-}
-
-// started is when this process began.
-var started = time.Now()
-
 // sources carries out what operators ask of sources.
 type sources struct{ *server }
 
-func (s *sources) Sync(_ context.Context, source, _ string) error {
-	if src, ok := api.Get[*api.Source](s.store.View(), "", source); ok && src.Spec.URL == "" {
+func (s *sources) Sync(ctx context.Context, source, _ string) error {
+	src, ok := api.Get[*api.Source](s.store.View(), "", source)
+	if ok && src.Spec.URL == "" {
 		return apierrors.NewBadRequest(fmt.Sprintf("source %q is a repository of this cluster: a push to it is applied at once, there is nothing to fetch", source))
+	}
+	if !s.store.Leads() {
+		_, leader := s.store.Leader()
+		if leader == "" {
+			return raftstore.ErrNotLeader
+		}
+		err := s.peers.Call(ctx, leader, callSync, source, nil)
+		if remote, ok := errors.AsType[*peer.RemoteError](err); ok {
+			return apierrors.NewBadRequest(remote.Text)
+		}
+		return err
 	}
 	err := s.follower.Sync(source)
 	if errors.Is(err, delivery.ErrSuspended) {

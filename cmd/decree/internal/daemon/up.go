@@ -13,14 +13,17 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 
+	"decree.dev/decree/raftstore/join"
+	"decree.dev/decree/raftstore/pki"
 	"decree.dev/decree/reconciler/agent"
 	"decree.dev/decree/reconciler/replicated"
 	"decree.dev/decree/reconciler/workload"
 	"decree.dev/decree/schemas/api"
 )
 
-// Up runs a one-node cluster until ctx ends. It tells out, in a few lines, what
-// runs and what to try next. Containers and services outlive it.
+// Up runs a server and, unless told otherwise, an agent on this machine until ctx
+// ends. It tells out, in a few lines, what runs and what to try next. Containers and
+// services outlive it.
 func Up(ctx context.Context, cfg Config, out io.Writer) error {
 	begun := time.Now()
 	if err := cfg.complete(); err != nil {
@@ -36,28 +39,89 @@ func Up(ctx context.Context, cfg Config, out io.Writer) error {
 		return err
 	}
 	defer s.close()
-	g := newGroup(ctx)
-	s.run(ctx, g.start)
+	// The lead is handed over before anything ends that this takes.
+	g := newGroup(context.WithoutCancel(ctx))
+	defer context.AfterFunc(ctx, func() {
+		s.store.HandOver()
+		g.cancel(context.Canceled)
+	})()
+	s.run(g.start)
+	if err := s.begin(g, begun, out); err != nil {
+		return errors.Join(err, g.stop())
+	}
+	return g.wait()
+}
+
+// begin brings up what needs a server that is ready.
+func (s *server) begin(g *group, begun time.Time, out io.Writer) error {
+	cfg := s.cfg
+	if err := s.awaitReady(g.ctx); err != nil {
+		return orCause(g.ctx, err)
+	}
 	if cfg.Seed != "" {
-		if err := s.seed(ctx, cfg.Seed); err != nil {
-			return errors.Join(err, g.stop())
+		if err := s.seed(g.ctx, cfg.Seed); err != nil {
+			return err
 		}
 	}
 	fmt.Fprintf(out, "ready in %d ms: API %s, repository decree://%s/%s\n", time.Since(begun).Milliseconds(), s.url(), s.listener.Addr(), BuiltIn)
-	if !cfg.NoAgent {
-		n, err := newNode(g.ctx, &cfg, s.authority, s.url(), s.metrics)
-		if err != nil {
-			return errors.Join(err, g.stop())
-		}
-		defer n.close()
-		if err := n.importImages(g.ctx); err != nil {
-			return errors.Join(err, g.stop())
-		}
-		s.nodes.agent.Store(n.agent)
-		n.run(ctx, g.start)
-		g.start("greeting", func(ctx context.Context) error { return s.greet(ctx, n, begun, out) })
+	if cfg.NoAgent {
+		return nil
 	}
-	return g.wait()
+	keeper, err := s.nodeKeeper(g.ctx)
+	if err != nil {
+		return err
+	}
+	n, err := newNode(g.ctx, cfg, controlPlaneAt{url: "https://" + localAddress(s.listener.Addr().String()), others: s.addresses, keeper: keeper}, s.metrics)
+	if err != nil {
+		return err
+	}
+	g.atEnd(n.close)
+	if err := n.importImages(g.ctx); err != nil {
+		return err
+	}
+	s.nodes.agent.Store(n.agent)
+	n.run(g.start)
+	member := &join.Member{Keeper: keeper, Servers: s.addresses, Log: cfg.Log.With("part", "certificates"), Every: cfg.TrustEvery}
+	g.start("node renew", func(ctx context.Context) error { return keeper.Run(ctx, member.Renew) })
+	g.start("node follow", member.Follow)
+	g.start("greeting", func(ctx context.Context) error { return s.greet(ctx, n, begun, out) })
+	return nil
+}
+
+// orCause prefers why a part of the daemon ended to what another part made of it.
+func orCause(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(cause, context.Canceled) {
+		return cause
+	}
+	return err
+}
+
+// nodeKeeper opens the certificates of this machine's agent.
+func nodeKeeper(cfg *Config) (*pki.Keeper, error) {
+	return pki.OpenKeeper(cfg.dir("pki", "node"), cfg.Log.With("part", "certificates"))
+}
+
+// nodeKeeper gives the agent beside this server its certificate, without a token: who
+// runs the server may run pods on it.
+func (s *server) nodeKeeper(ctx context.Context) (*pki.Keeper, error) {
+	keeper, err := nodeKeeper(s.cfg)
+	if err != nil {
+		return nil, err
+	}
+	issuer, err := s.issuer()
+	if err != nil {
+		return nil, err
+	}
+	if keeper.Ready(time.Now()) != nil || issuer.SignedBy(keeper.Leaf()) == "" {
+		if err := certify(keeper, issuer, pki.Node(s.cfg.Node), time.Now()); err != nil {
+			return nil, err
+		}
+	}
+	hash, err := keyHash(keeper)
+	if err != nil {
+		return nil, err
+	}
+	return keeper, registry{s}.Admit(ctx, join.Admission{Role: api.RoleAgent, Node: s.cfg.Node, Key: hash, Replace: true})
 }
 
 // group runs the parts of the daemon. The first that fails ends all.
@@ -65,6 +129,7 @@ type group struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
+	last   []func()
 }
 
 func newGroup(ctx context.Context) *group {
@@ -81,6 +146,9 @@ func (g *group) start(name string, f func(context.Context) error) {
 	})
 }
 
+// atEnd has f called when all parts have ended.
+func (g *group) atEnd(f func()) { g.last = append(g.last, f) }
+
 // stop ends all parts and waits for them.
 func (g *group) stop() error {
 	g.cancel(context.Canceled)
@@ -90,6 +158,10 @@ func (g *group) stop() error {
 // wait returns when all parts have ended: nil if they were told to.
 func (g *group) wait() error {
 	g.wg.Wait()
+	for _, f := range slices.Backward(g.last) {
+		f()
+	}
+	g.last = nil
 	if err := context.Cause(g.ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}

@@ -1,0 +1,193 @@
+package raftstore
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/hashicorp/raft"
+)
+
+// Member is one server of the raft configuration.
+type Member struct {
+	ID      string
+	Address string // host:port
+	Voter   bool
+	Leader  bool
+}
+
+// Members returns the servers of the newest configuration that this server knows,
+// committed or not, in its order.
+func (s *Store) Members() []Member {
+	leader, _ := s.Leader()
+	var list []Member
+	for _, server := range s.raft.GetConfiguration().Configuration().Servers {
+		list = append(list, Member{
+			ID: string(server.ID), Address: string(server.Address), Voter: server.Suffrage == raft.Voter, Leader: string(server.ID) == leader,
+		})
+	}
+	return list
+}
+
+// SetMember adds a server to the cluster, or changes its address or its vote. Only
+// the leader can. It returns once the change is committed. One that was added has to
+// catch up: give it a vote only when it has.
+func (s *Store) SetMember(ctx context.Context, m Member) error {
+	id, address := raft.ServerID(m.ID), raft.ServerAddress(m.Address)
+	for _, other := range s.Members() {
+		if other.Address == m.Address && other.ID != m.ID {
+			return fmt.Errorf("add server %s: %s is at %s already: remove it first", m.ID, other.ID, m.Address)
+		}
+		if other.ID != m.ID {
+			continue
+		}
+		if other.Address == m.Address && other.Voter == m.Voter {
+			return nil
+		}
+		if other.Voter && !m.Voter {
+			return s.change(ctx, "take the vote of", m.ID, func() raft.Future { return s.raft.DemoteVoter(id, 0, 0) })
+		}
+	}
+	return s.change(ctx, "add", m.ID, func() raft.Future {
+		if m.Voter {
+			return s.raft.AddVoter(id, address, 0, 0)
+		}
+		return s.raft.AddNonvoter(id, address, 0, 0)
+	})
+}
+
+// RemoveMember takes a server out of the cluster. Only the leader can; one that
+// removes itself stops to lead. It refuses to remove the last voter.
+func (s *Store) RemoveMember(ctx context.Context, id string) error {
+	voters, found := 0, false
+	for _, m := range s.Members() {
+		if m.Voter && m.ID != id {
+			voters++
+		}
+		found = found || m.ID == id
+	}
+	switch {
+	case !found:
+		return nil
+	case voters == 0:
+		return fmt.Errorf("remove server %s: it is the only one with a vote, the cluster would be lost", id)
+	}
+	return s.change(ctx, "remove", id, func() raft.Future { return s.raft.RemoveServer(raft.ServerID(id), 0, 0) })
+}
+
+func (s *Store) change(ctx context.Context, verb, id string, question func() raft.Future) error {
+	if !s.IsLeader() {
+		return s.notLeader()
+	}
+	if err := s.ask(ctx, question); err != nil {
+		return fmt.Errorf("%s server %s: %w", verb, id, s.raftError(err))
+	}
+	return nil
+}
+
+// TransferLeadership hands the lead over to the server id, or to the one that is
+// closest behind when id is empty. It returns when the other one has been told to
+// take it.
+func (s *Store) TransferLeadership(ctx context.Context, id string) error {
+	question := func() raft.Future { return s.raft.LeadershipTransfer() }
+	if id != "" {
+		to := raft.ServerAddress("")
+		for _, m := range s.Members() {
+			if m.ID == id && m.Voter {
+				to = raft.ServerAddress(m.Address)
+			}
+		}
+		if to == "" {
+			return fmt.Errorf("hand the lead over to %s: there is no such server with a vote", id)
+		}
+		question = func() raft.Future { return s.raft.LeadershipTransferToServer(raft.ServerID(id), to) }
+	}
+	return s.change(ctx, "hand the lead over to", id, question)
+}
+
+// HandOver lets another server lead before this one stops, so that nobody has to
+// notice its absence first. Without another voter there is nothing to do. It takes two
+// election timeouts at most. Close does it too; who ends the network of a server
+// before its store calls it first.
+func (s *Store) HandOver() {
+	if s.raft == nil || !s.IsLeader() || s.refusal() != nil {
+		return
+	}
+	others := 0
+	for _, m := range s.Members() {
+		if m.Voter && m.ID != s.cfg.NodeID {
+			others++
+		}
+	}
+	if others == 0 {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 2*s.cfg.ElectionTimeout)
+	defer cancel()
+	if err := s.TransferLeadership(ctx, ""); err != nil && !errors.Is(err, ErrNotLeader) {
+		s.log.Info("stopping without handing over the lead", "error", err)
+	}
+}
+
+// LeaderGone tells the store that the process of the leader id has certainly ended,
+// so that there is nothing to wait for: this server stands for election at once. It
+// does nothing if another server leads, or if this one has no vote. A false alarm
+// costs an election and no data.
+func (s *Store) LeaderGone(id string) {
+	leader, _ := s.Leader()
+	if leader != id || s.IsLeader() || s.refusal() != nil {
+		return
+	}
+	for _, m := range s.Members() {
+		if m.ID == s.cfg.NodeID && m.Voter {
+			s.campaign()
+		}
+	}
+}
+
+// campaignIfAlone lets the only voter of a cluster stand for election at once:
+// nobody else could lead, so there is no leader to wait for.
+func (s *Store) campaignIfAlone() {
+	voters := 0
+	self := false
+	for _, m := range s.Members() {
+		if m.Voter {
+			voters++
+			self = self || m.ID == s.cfg.NodeID
+		}
+	}
+	if voters == 1 && self {
+		s.campaign()
+	}
+}
+
+// campaign makes this server stand for election. The message is the one that a leader
+// sends to hand over; failing to send it costs one timeout.
+func (s *Store) campaign() {
+	id, address := raft.ServerID(s.cfg.NodeID), s.cfg.Transport.LocalAddr()
+	request := raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{
+		ProtocolVersion: raft.ProtocolVersionMax,
+		ID:              []byte(id),
+		Addr:            s.cfg.Transport.EncodePeer(id, address),
+	}}
+	if err := s.cfg.Transport.TimeoutNow(id, address, &request, &raft.TimeoutNowResponse{}); err != nil {
+		s.log.Warn("standing for election at once", "error", err)
+	}
+}
+
+// Progress says how far this server is.
+type Progress struct {
+	Term      uint64 `json:"term"`
+	LastIndex uint64 `json:"lastIndex"` // of the log on its disk
+	Commit    uint64 `json:"commit"`
+	Applied   uint64 `json:"applied"`
+	Revision  uint64 `json:"revision"`
+}
+
+// Progress returns how far this server is, as of now.
+func (s *Store) Progress() Progress {
+	return Progress{
+		Term: s.raft.CurrentTerm(), LastIndex: s.raft.LastIndex(), Commit: s.raft.CommitIndex(), Applied: s.raft.AppliedIndex(),
+		Revision: s.View().Revision(),
+	}
+}

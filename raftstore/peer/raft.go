@@ -1,0 +1,150 @@
+package peer
+
+import (
+	"crypto/tls"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"decree.dev/decree/raftstore"
+)
+
+// RaftConfig says how raft's transport is made.
+type RaftConfig struct {
+	Listener net.Listener // from [Mux.Listen] with ProtocolRaft
+	// Address is how the other servers find this one, host:port.
+	Address string
+	TLS     func() *tls.Config // asked before every connection
+	// Ended is called when another server has closed its connection to this one, or
+	// its process has ended; nil: nobody wants to know. It must not wait.
+	Ended func(Identity)
+	Log   *slog.Logger // nil: slog.Default()
+}
+
+// RaftTransport carries raft's messages. It implements raft.Transport.
+type RaftTransport struct {
+	*raft.NetworkTransport
+	rpcs   chan raft.RPC
+	closed chan struct{}
+	once   sync.Once
+}
+
+// NewRaftTransport returns a transport. The store closes it.
+func NewRaftTransport(cfg RaftConfig) *RaftTransport {
+	if cfg.Log == nil {
+		cfg.Log = slog.Default()
+	}
+	t := &RaftTransport{rpcs: make(chan raft.RPC), closed: make(chan struct{})}
+	t.NetworkTransport = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+		Stream:          &streams{RaftConfig: cfg},
+		MaxPool:         3,
+		MaxRPCsInFlight: 64,
+		Timeout:         10 * time.Second,
+		Logger:          raftstore.RaftLogger(cfg.Log),
+	})
+	go t.pass()
+	return t
+}
+
+// pass hands on what comes from the network.
+func (t *RaftTransport) pass() {
+	for {
+		select {
+		case rpc := <-t.NetworkTransport.Consumer():
+			select {
+			case t.rpcs <- rpc:
+			case <-t.closed:
+				return
+			}
+		case <-t.closed:
+			return
+		}
+	}
+}
+
+// Consumer implements raft.Transport.
+func (t *RaftTransport) Consumer() <-chan raft.RPC { return t.rpcs }
+
+// TimeoutNow implements raft.Transport. A server that tells itself to stand for
+// election needs no network for it.
+func (t *RaftTransport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, args *raft.TimeoutNowRequest, resp *raft.TimeoutNowResponse) error {
+	if target != t.LocalAddr() {
+		return t.NetworkTransport.TimeoutNow(id, target, args, resp)
+	}
+	answer := make(chan raft.RPCResponse, 1)
+	select {
+	case t.rpcs <- raft.RPC{Command: args, RespChan: answer}:
+	case <-t.closed:
+		return raft.ErrTransportShutdown
+	}
+	select {
+	case a := <-answer:
+		return a.Error
+	case <-t.closed:
+		return raft.ErrTransportShutdown
+	}
+}
+
+// Close implements raft.WithClose.
+func (t *RaftTransport) Close() error {
+	t.once.Do(func() { close(t.closed) })
+	return t.NetworkTransport.Close()
+}
+
+// streams is raft's view of the network: it implements raft.StreamLayer.
+type streams struct{ RaftConfig }
+
+// Accept implements net.Listener.
+func (s *streams) Accept() (net.Conn, error) {
+	c, err := s.Listener.Accept()
+	if err != nil || s.Ended == nil {
+		return c, err
+	}
+	t, ok := c.(*tls.Conn)
+	if !ok {
+		return c, nil
+	}
+	from, _ := IdentityOf(t.ConnectionState())
+	return &watchedConn{Conn: c, ended: func() { s.Ended(from) }}, nil
+}
+
+// Close implements net.Listener.
+func (s *streams) Close() error { return s.Listener.Close() }
+
+// Addr implements net.Listener; raft takes it for this server's own address.
+func (s *streams) Addr() net.Addr { return address(s.Address) }
+
+type address string
+
+func (address) Network() string  { return "tcp" }
+func (a address) String() string { return string(a) }
+
+// Dial implements raft.StreamLayer.
+func (s *streams) Dial(to raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+	return dial(s.TLS(), ProtocolRaft, string(to), min(timeout, dialTimeout))
+}
+
+// watchedConn tells when the other end has closed it.
+type watchedConn struct {
+	net.Conn
+	ended  func()
+	once   sync.Once
+	closed atomic.Bool
+}
+
+func (w *watchedConn) Read(p []byte) (int, error) {
+	n, err := w.Conn.Read(p)
+	if err != nil && !w.closed.Load() {
+		w.once.Do(w.ended)
+	}
+	return n, err
+}
+
+func (w *watchedConn) Close() error {
+	w.closed.Store(true)
+	return w.Conn.Close()
+}
