@@ -1,0 +1,3 @@
+package seal
+
+func child() bool { return false }
