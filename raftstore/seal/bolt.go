@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"syscall"
 	"time"
 
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
@@ -72,7 +73,9 @@ func openBolt(path string) (store *raftboltdb.BoltStore, err error) {
 		return store, nil
 	case errors.Is(err, ErrCorrupt):
 		if file != nil {
-			file.Close() // bbolt did not get to it, and the lock on the file is in it
+			// bbolt did not get to it. The mapping stays, and would keep the lock.
+			syscall.Flock(int(file.Fd()), syscall.LOCK_UN)
+			file.Close()
 		}
 	case isDamage(err):
 		err = corrupt("the log", "%w", err)
