@@ -104,7 +104,11 @@ func (l *LogStore) checkEnd() error {
 	if last < l.mark.index {
 		return corruptEntry(l.mark.index, fmt.Errorf("it was stored, and the log ends at %d", last))
 	}
-	if l.mark.term == 0 {
+	first, err := l.FirstIndex()
+	if err != nil {
+		return err
+	}
+	if l.mark.term == 0 || l.mark.index < first { // an old mark survived a power cut, its entry was compacted
 		return nil
 	}
 	var entry raft.Log
