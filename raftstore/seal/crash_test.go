@@ -1,6 +1,7 @@
 package seal
 
 import (
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -48,6 +49,34 @@ func TestFailpoints(t *testing.T) {
 			t.Fatalf("after a crash before %s: %s", whole.steps[n-1], p.problem)
 		}
 		p.wantKept(t, dir)
+	}
+}
+
+// TestFailpointsPowerCut cuts the power where TestFailpoints ends the process only.
+func TestFailpointsPowerCut(t *testing.T) {
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
+	step := 1
+	if testing.Short() {
+		step = 9
+	}
+	for n := 1; ; n += step {
+		f := &faultfs.FS{}
+		at := mounted(t, f, t.TempDir())
+		var p promises
+		p.run(t, "scenario", filepath.Join(at, "data"), n, 0)
+		if p.problem != "" {
+			t.Fatal(p.problem)
+		}
+		left := t.TempDir()
+		if err := errors.Join(f.Crash(r, left), f.Unmount()); err != nil {
+			t.Fatal(err)
+		}
+		p.wantKept(t, filepath.Join(left, "data"))
+		if len(p.steps) < n { // the scenario went through
+			return
+		}
 	}
 }
 

@@ -172,3 +172,5 @@ func takeSnapshotOf(t testing.TB, s raft.SnapshotStore, index uint64, content []
 		t.Fatal(err)
 	}
 }
+
+var configuration = raft.Configuration{Servers: []raft.Server{{ID: "a", Address: "a:1"}}}
