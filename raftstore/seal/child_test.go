@@ -3,6 +3,7 @@ package seal
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
@@ -36,7 +38,7 @@ func child() bool {
 			}
 		}
 	}
-	v, err := Open(Config{Dir: dir})
+	v, err := Open(Config{Dir: dir, Disk: DiskConfig{SlowAfter: 15 * time.Millisecond}})
 	if err == nil {
 		_, err = v.Verify(context.Background())
 	}
@@ -46,6 +48,8 @@ func child() bool {
 			err = appendForever(v, uint64(n))
 		case "scenario":
 			err = scenario(v)
+		case "slow":
+			err = slowly(v)
 		case "trouble":
 			err = failAndGoOn(v)
 		}
@@ -117,6 +121,19 @@ func compact(v *Vault, last uint64) error {
 	}
 	fmt.Println("compact", last-10)
 	return v.Log.DeleteRange(first, last-10)
+}
+
+// slowly stores on a disk whose syncs take longer than SlowAfter.
+func slowly(v *Vault) error {
+	for i := range uint64(20) {
+		if err := storeAcknowledged(v.Log, entries(i+1, i+1, 1)); err != nil {
+			return err
+		}
+	}
+	if !v.Disk.Slow() {
+		return errors.New("the disk is not slow")
+	}
+	return v.Disk.Healthy()
 }
 
 // scenario reaches every failpoint.

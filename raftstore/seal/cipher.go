@@ -17,7 +17,7 @@ import (
 //	version  1 byte
 //	key      8 bytes: id of the data key
 //	salt    16 bytes: which subkey of it
-//	counter  8 bytes: the nonce
+//	counter  8 bytes: with the last 4 of the salt the nonce
 //	ciphertext and tag
 //
 // 0xc1 is the byte that MessagePack never uses and no format of command has, so that
@@ -38,6 +38,7 @@ const (
 	keyIDSize   = 8
 	keySize     = 32
 	saltSize    = 16
+	nonceSize   = 12
 	maxMessages = 1 << 32
 	maxBytes    = 1 << 38 // 256 GiB
 )
@@ -123,15 +124,12 @@ func (k *Keyring) next(size int) (*writer, uint64, error) {
 	return k.writer, k.writer.messages - 1, nil
 }
 
-func boxNonce(box []byte) []byte {
-	nonce := make([]byte, 12)
-	copy(nonce[4:], box[boxHeader-8:boxHeader])
-	return nonce
-}
+// boxNonce is the nonce of a box, in its own memory.
+func boxNonce(box []byte) []byte { return box[boxHeader-nonceSize : boxHeader] }
 
-// open returns what is in a box. The error says why it cannot be opened; the caller
-// says where that was.
-func (k *Keyring) open(box, what []byte) ([]byte, error) {
+// open returns what is in a box, in dst, which may be the memory of the ciphertext. The
+// error says why it cannot be opened; the caller says where that was.
+func (k *Keyring) open(dst, box, what []byte) ([]byte, error) {
 	name, err := boxKey(box)
 	if err != nil {
 		return nil, err
@@ -140,7 +138,7 @@ func (k *Keyring) open(box, what []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	plain, err := aead.Open(nil, boxNonce(box), box[boxHeader:], what)
+	plain, err := aead.Open(dst, boxNonce(box), box[boxHeader:], what)
 	if err != nil {
 		return nil, errTag
 	}

@@ -18,6 +18,7 @@ import (
 // TestFailpoints ends a process before each step that makes something durable: what was
 // acknowledged is there, and the same folder goes on.
 func TestFailpoints(t *testing.T) {
+	t.Parallel()
 	var whole promises
 	whole.run(t, "scenario", t.TempDir(), 0, 0)
 	if whole.problem != "" {
@@ -54,6 +55,7 @@ func TestFailpoints(t *testing.T) {
 
 // TestFailpointsPowerCut cuts the power where TestFailpoints ends the process only.
 func TestFailpointsPowerCut(t *testing.T) {
+	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewPCG(seed, 0))
@@ -100,6 +102,7 @@ func mounted(t *testing.T, f *faultfs.FS, live string) (at string) {
 // TestPowerCut cuts the power under a writing process, again and again: what was not
 // synced is lost in part, the last writes are torn.
 func TestPowerCut(t *testing.T) {
+	t.Parallel()
 	rounds := 40
 	if testing.Short() {
 		rounds = 4
@@ -132,6 +135,7 @@ func TestPowerCut(t *testing.T) {
 // TestLostSyncs: on a disk that lies about syncs what was acknowledged can be gone, but
 // what is there is what was written, or the damage is noticed.
 func TestLostSyncs(t *testing.T) {
+	t.Parallel()
 	rounds := 30
 	if testing.Short() {
 		rounds = 3
@@ -165,6 +169,7 @@ func TestLostSyncs(t *testing.T) {
 
 // TestDiskTrouble makes the calls under the log fail.
 func TestDiskTrouble(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name, op, file string
 		errno          syscall.Errno
@@ -185,6 +190,24 @@ func TestDiskTrouble(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestSlowSyncs: syncs that take long under the log are seen, and harm nothing.
+func TestSlowSyncs(t *testing.T) {
+	live := t.TempDir()
+	f := &faultfs.FS{Fault: func(op, path string) syscall.Errno {
+		if op == "fsync" && filepath.Base(path) == logFile {
+			time.Sleep(20 * time.Millisecond)
+		}
+		return 0
+	}}
+	at := mounted(t, f, live)
+	var p promises
+	p.run(t, "slow", filepath.Join(at, "data"), 0, 0)
+	if p.problem != "" {
+		t.Fatal(p.problem)
+	}
+	p.wantKept(t, filepath.Join(live, "data"))
 }
 
 func trouble(t *testing.T, what string) string {

@@ -16,6 +16,7 @@ import (
 // everything that was stored is read back, or the damage is noticed. Nothing makes the
 // process crash.
 func TestBoltFlips(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	v := open(t, dir)
 	list := entries(1, 45, 2)

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	bbolterrors "go.etcd.io/bbolt/errors"
 )
 
@@ -29,6 +30,7 @@ type LogStore struct {
 
 	mu   sync.Mutex // one writer at a time
 	mark *mark
+	name []byte // memory for the name of an entry
 }
 
 var (
@@ -179,17 +181,27 @@ func (l *LogStore) get(index uint64, log *raft.Log) (inside sealedEntry, err err
 		*log = stored
 		return inside, nil
 	}
-	plain, err := l.ring.open(stored.Data, entryName(&stored))
-	if err == nil {
-		inside, err = parseEntry(plain)
-	}
+	inside, err = l.unseal(&stored)
 	if err != nil {
 		return inside, corruptEntry(index, err)
 	}
-	inside.key = KeyID(stored.Data[2:])
 	stored.Data, stored.Extensions, stored.AppendedAt = inside.data, inside.extensions, inside.appendedAt
 	*log = stored
 	return inside, nil
+}
+
+func (l *LogStore) unseal(stored *raft.Log) (inside sealedEntry, err error) {
+	var dst []byte
+	if _, ok := l.inner.(*raftboltdb.BoltStore); ok && len(stored.Data) > boxHeader {
+		dst = stored.Data[boxHeader:boxHeader] // it was decoded for this call, nobody else has it
+	}
+	plain, err := l.ring.open(dst, stored.Data, appendName(nil, stored))
+	if err != nil {
+		return inside, err
+	}
+	inside, err = parseEntry(plain)
+	inside.key = KeyID(stored.Data[2:])
+	return inside, err
 }
 
 // StoreLog implements raft.LogStore.
@@ -223,7 +235,7 @@ func (l *LogStore) StoreLogs(logs []*raft.Log) error {
 	return nil
 }
 
-// sealAll returns sealed copies of entries, with two allocations for all.
+// sealAll returns sealed copies of entries, with three allocations for all.
 func (l *LogStore) sealAll(logs []*raft.Log) ([]*raft.Log, error) {
 	size := 0
 	for _, log := range logs {
@@ -237,8 +249,9 @@ func (l *LogStore) sealAll(logs []*raft.Log) ([]*raft.Log, error) {
 		if before.Index+1 != log.Index || i == 0 {
 			before = l.before(log.Index)
 		}
+		l.name = appendName(l.name[:0], log)
 		box := appendEntry(slab[len(slab):len(slab)+boxHeader], log, before.Term)
-		box, err := l.ring.seal(box, entryName(log))
+		box, err := l.ring.seal(box, l.name)
 		if err != nil {
 			return nil, err
 		}
@@ -335,9 +348,9 @@ const (
 	noTime        = math.MinInt64
 )
 
-// entryName binds a box to the entry.
-func entryName(log *raft.Log) []byte {
-	b := append(make([]byte, 0, 5+8+8+1), "entry"...)
+// appendName appends what a box is bound to: the place of the entry.
+func appendName(b []byte, log *raft.Log) []byte {
+	b = append(b, "entry"...)
 	b = binary.BigEndian.AppendUint64(b, log.Index)
 	b = binary.BigEndian.AppendUint64(b, log.Term)
 	return append(b, byte(log.Type))

@@ -95,7 +95,7 @@ func (m *mark) read(slot []byte) (KeyID, error) {
 	if n > slotSize-1 {
 		return KeyID{}, errTag
 	}
-	plain, err := m.ring.open(slot[1:1+n], markName)
+	plain, err := m.ring.open(nil, slot[1:1+n], markName)
 	if err != nil {
 		return KeyID{}, err
 	}

@@ -67,7 +67,7 @@ func (r *snapshotReader) readHeader(ring *Keyring, id string) error {
 	if _, err := io.ReadFull(r.file, r.box); err != nil {
 		return err
 	}
-	plain, err := ring.open(r.box, snapshotName(id))
+	plain, err := ring.open(nil, r.box, snapshotName(id))
 	if err != nil {
 		return err
 	}

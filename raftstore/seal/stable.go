@@ -70,7 +70,7 @@ func get(inner raft.StableStore, key []byte) ([]byte, error) {
 }
 
 func (s *StableStore) load(box []byte) error {
-	plain, err := s.log.ring.open(box, stableName)
+	plain, err := s.log.ring.open(nil, box, stableName)
 	var file stableFile
 	if err == nil {
 		err = json.Unmarshal(plain, &file)

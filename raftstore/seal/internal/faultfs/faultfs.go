@@ -86,15 +86,13 @@ func (f *FS) Mount(live, at string) error {
 	if err != nil {
 		return fmt.Errorf("mount %s: %w", at, err)
 	}
-	root := &fs.LoopbackRoot{Path: live, NewNode: func(root *fs.LoopbackRoot, _ *fs.Inode, _ string, _ *syscall.Stat_t) fs.InodeEmbedder {
-		return &node{LoopbackNode: fs.LoopbackNode{RootData: root}, fs: f}
-	}}
+	root := &fs.LoopbackRoot{Path: live}
 	var st syscall.Stat_t
 	if err := syscall.Stat(live, &st); err != nil {
 		return fmt.Errorf("mount %s: %w", at, err)
 	}
 	root.Dev = st.Dev
-	root.RootNode = root.NewNode(root, nil, "", &st)
+	root.RootNode = &node{LoopbackNode: fs.LoopbackNode{RootData: root}, fs: f}
 	f.server, err = fs.Mount(at, root.RootNode, &fs.Options{MountOptions: fuse.MountOptions{DirectMountStrict: true, FsName: "faultfs", MaxWrite: 128 << 10}})
 	if err != nil {
 		return fmt.Errorf("mount %s: %w", at, err)
@@ -251,6 +249,11 @@ func (c *content) crash(r *rand.Rand) []byte {
 type node struct {
 	fs.LoopbackNode
 	fs *FS
+}
+
+// WrapChild implements fs.NodeWrapChilder.
+func (n *node) WrapChild(context.Context, fs.InodeEmbedder) fs.InodeEmbedder {
+	return &node{LoopbackNode: fs.LoopbackNode{RootData: n.RootData}, fs: n.fs}
 }
 
 func (n *node) rel() string { return n.Path(n.Root()) }
@@ -414,6 +417,10 @@ var (
 	_ fs.FileFlusher  = (*handle)(nil)
 	_ fs.NodeFsyncer  = (*node)(nil)
 	_ fs.NodeCreater  = (*node)(nil)
+
+	_ fs.NodeWrapChilder  = (*node)(nil)
+	_ fs.FileFsyncdirer   = (*dirHandle)(nil)
+	_ fs.FileReaddirenter = (*dirHandle)(nil)
 )
 
 // Read implements fs.FileReader.
