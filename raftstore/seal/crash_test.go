@@ -215,18 +215,15 @@ func trouble(t *testing.T, what string) string {
 	var op, file string
 	var errno syscall.Errno
 	fmt.Sscan(what, &op, &file, &errno)
-	at := ""
+	switchFile := filepath.Join(t.TempDir(), "fail")
 	f := &faultfs.FS{Fault: func(gotOp, path string) syscall.Errno {
-		_, err := os.Stat(filepath.Join(filepath.Dir(at), "fail"))
+		_, err := os.Stat(switchFile)
 		if gotOp == op && filepath.Base(path) == file && err == nil {
 			return errno
 		}
 		return 0
 	}}
-	live := t.TempDir()
-	at = mounted(t, f, live)
-	switchFile := filepath.Join(filepath.Dir(at), "fail")
-	defer os.Remove(switchFile)
+	at := mounted(t, f, t.TempDir())
 	child := exec.Command(os.Args[0])
 	child.Env = append(os.Environ(), fmt.Sprintf("%s=trouble|%s|0", childVariable, at), "SEAL_TEST_SWITCH="+switchFile)
 	child.Stderr = os.Stderr

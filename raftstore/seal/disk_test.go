@@ -160,6 +160,7 @@ func TestSlow(t *testing.T) {
 			t.Error("a write that hangs is not slow")
 		}
 		time.Sleep(2 * time.Second)
+		synctest.Wait()
 		if d.Slow() || len(observed) != 1 || observed[0] != 3*time.Second {
 			t.Error("one slow write is no slow disk", observed)
 		}

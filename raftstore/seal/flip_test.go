@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/hashicorp/raft"
@@ -44,6 +45,9 @@ func TestBoltFlips(t *testing.T) {
 		tries++
 		if err := readBack(dir, list); errors.Is(err, ErrCorrupt) {
 			noticed++
+			if strings.Contains(err.Error(), "freepages") {
+				t.Errorf("%s at byte %d of page %d came through to bbolt: %v", what, at%4096, at/4096, err)
+			}
 		} else if err != nil {
 			t.Fatalf("%s at byte %d of page %d: %v", what, at%4096, at/4096, err)
 		}
