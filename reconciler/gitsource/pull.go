@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -93,13 +94,17 @@ func (s *Server) pull(ctx context.Context, repo *repository, h plumbing.Hash, fr
 	// Servers send whole objects, and what one push holds at most may be twice what it
 	// counts: a commit and its root tree are no files.
 	lim.PackBytes, lim.Objects = lim.InflatedBytes+lim.InflatedBytes/64, 2*lim.Objects
-	p := &pull{s: s, repo: repo, session: session, lim: lim}
+	p := &pull{s: s, repo: repo, session: session, lim: lim, haves: slices.Clone(repo.partial)}
 	for _, text := range haves {
 		if have, err := parseHash(text); err == nil {
 			p.know(have)
 		}
 	}
-	return p.root(ctx, h)
+	if err := p.root(ctx, h); err != nil {
+		return err
+	}
+	repo.partial = nil
+	return nil
 }
 
 // take takes a token, from a channel that holds them, or by leaving one in a channel
@@ -298,6 +303,7 @@ func (p *pull) keep(q *quarantine) error {
 	for _, h := range q.tips() {
 		if c, err := commitOf(p.repo.objects, h); err == nil {
 			p.haves = append(p.haves, c)
+			p.repo.partial = append(p.repo.partial, c)
 		}
 	}
 	return nil

@@ -71,6 +71,20 @@ func (s *Server) lacks(repo *repository, head plumbing.Hash, err error) error {
 	return fmt.Errorf("commit %s of %s is in force but not stored on this server yet: try again in a moment, or use another server (%w)", head, repo.name, err)
 }
 
+// Has says whether an object is stored in a repository with all that it stands on, and
+// synced to disk.
+func (s *Server) Has(name, hash string) (bool, error) {
+	repo, err := s.repository(name)
+	if err != nil {
+		return false, err
+	}
+	h, err := parseHash(hash)
+	if err != nil {
+		return false, err
+	}
+	return repo.stored(h)
+}
+
 // stored says whether an object is here for good: with all that it stands on, and
 // synced to disk.
 func (r *repository) stored(h plumbing.Hash) (bool, error) {

@@ -68,6 +68,10 @@ type repository struct {
 	refs    refDir
 	lock    chan struct{} // holds one token; taken by whoever changes the repository
 	pulling chan struct{} // holds one token; taken by whoever pulls from another server
+
+	// partial are the newest commits of a long history of which parts have arrived. It
+	// belongs to the holder of pulling.
+	partial []plumbing.Hash
 }
 
 var repositoryName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$`)
