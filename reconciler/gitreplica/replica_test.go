@@ -186,18 +186,25 @@ func TestEmptyServerGetsLongHistory(t *testing.T) {
 	}
 	reached := make(chan struct{})
 	packs = 0
+	ctx, cancel := context.WithCancel(c.ctx())
 	b.onBody(func(path string, body io.ReadCloser) io.ReadCloser {
 		if packs++; packs == 2 {
-			close(reached)
-			return blocked{c.t.Context(), body}
+			stop := readerFunc(func([]byte) (int, error) {
+				close(reached)
+				<-ctx.Done()
+				return 0, ctx.Err()
+			})
+			return cut{io.MultiReader(io.LimitReader(body, 800), stop), body}
 		}
 		return body
 	})
 	failed := make(chan error, 1)
-	ctx, cancel := context.WithCancel(c.ctx())
 	go func() { failed <- b.replica.Obtain(ctx, repo, hash) }()
-	<-reached
-	c.servers[1] = c.start("b2") // out of the way
+	select {
+	case <-reached:
+	case err := <-failed:
+		t.Fatalf("the pull ended early: %v", err)
+	}
 	leftovers := snapshot(t, filepath.Join(c.dir, "b"), filepath.Join(c.dir, "crashed"))
 	if leftovers == 0 {
 		t.Error("nothing was under way when the server stopped")
@@ -208,7 +215,6 @@ func TestEmptyServerGetsLongHistory(t *testing.T) {
 	}
 	b.close()
 	crashed := c.start("crashed")
-	c.servers[1].close()
 	c.servers[1] = crashed
 	crashed.run()
 	await(t, "the server has caught up", func() bool {
@@ -240,14 +246,9 @@ type cut struct {
 	io.Closer
 }
 
-// blocked is a body that does not come.
-type blocked struct {
-	ctx  context.Context
-	body io.ReadCloser
-}
+type readerFunc func([]byte) (int, error)
 
-func (b blocked) Read([]byte) (int, error) { <-b.ctx.Done(); return 0, context.Cause(b.ctx) }
-func (b blocked) Close() error             { return b.body.Close() }
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
 
 // TestDamagedPackIsRefused flips every part of what another server sends.
 func TestDamagedPackIsRefused(t *testing.T) {
@@ -342,11 +343,14 @@ func TestConcurrentPushesToDifferentServers(t *testing.T) {
 	var wg sync.WaitGroup
 	var mu sync.Mutex
 	won := map[string][]string{}
-	for i := range 6 {
-		s := c.servers[i%3]
-		work := filepath.Join(c.dir, fmt.Sprintf("racer-%d", i))
-		c.mustGit(c.dir, "clone", "-q", c.servers[0].url(), work)
-		hash := c.commit(work, "web", fmt.Sprint(i+1))
+	racers := make([]string, 6)
+	for i := range racers {
+		racers[i] = filepath.Join(c.dir, fmt.Sprintf("racer-%d", i))
+		c.mustGit(c.dir, "clone", "-q", c.servers[0].url(), racers[i])
+		c.commit(racers[i], "web", fmt.Sprint(i+1))
+	}
+	for i, work := range racers {
+		s, hash := c.servers[i%3], c.mustGit(work, "rev-parse", "HEAD")
 		for _, ref := range []string{"main", "topic", fmt.Sprintf("own-%d", i)} {
 			wg.Go(func() {
 				out, err := c.git(work, "push", s.url(), "main:"+ref)
@@ -444,7 +448,7 @@ func TestExportAndImport(t *testing.T) {
 		t.Errorf("import over a repository: %v", err)
 	}
 	b.close()
-	for at := 0; at < backup.Len(); at += 1 + backup.Len()/97 {
+	for at := 0; at < backup.Len(); at += 1 + backup.Len()/11 {
 		for what, data := range map[string][]byte{"flipped": flip(backup.Bytes(), at), "cut off": backup.Bytes()[:at]} {
 			if _, err := a.git.Import(c.ctx(), "restored", bytes.NewReader(data)); err == nil {
 				t.Fatalf("an export %s at byte %d of %d was imported", what, at, backup.Len())

@@ -259,7 +259,7 @@ func (p *pull) rest(ctx context.Context, wants []plumbing.Hash, check func(*quar
 	}
 }
 
-// transfer takes one pack into quarantine. It must hold something new.
+// transfer takes one pack into quarantine.
 func (p *pull) transfer(ctx context.Context, wants []plumbing.Hash) (*quarantine, error) {
 	pack, err := p.session.pack(ctx, wants, p.haves)
 	if err != nil {
@@ -280,10 +280,11 @@ func (p *pull) transfer(ctx context.Context, wants []plumbing.Hash) (*quarantine
 	return q, nil
 }
 
-// progress refuses a pack without which nothing is lost: pulls would go on for ever.
+// progress refuses a pack that brings the pull no further: it would go on for ever.
+// What is stored already may come again, after a restart, and shows where to go on.
 func (p *pull) progress(q *quarantine, wants []plumbing.Hash) error {
-	for h := range q.tops {
-		if ok, err := p.repo.stored(h); err != nil || !ok {
+	for _, h := range q.tips() {
+		if c, err := commitOf(q, h); err != nil || !slices.Contains(p.haves, c) {
 			return err
 		}
 	}
