@@ -124,7 +124,7 @@ func TestDeposedLeaderBringsNothingBack(t *testing.T) {
 	<-fetched // the second commit
 	third := write(t, dir, "shop.cue", "package shop\n"+configMap("a", "3"))
 	w.lead("mirror-two", w.pipeline)
-	w.awaitApplied("shop", third)
+	w.await("the status names the third", func(r api.Reader) bool { return condition(r, "shop").Message == "at "+third })
 	revision := w.store.View().Revision()
 	close(proceed)
 	old.sync("shop")
