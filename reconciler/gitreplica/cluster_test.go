@@ -21,6 +21,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -72,6 +73,8 @@ type cluster struct {
 	servers []*server
 	env     []string
 	log     *slog.Logger
+	// registry is for the metrics of the next server.
+	registry prometheus.Registerer
 }
 
 // server is one of them.
@@ -204,7 +207,7 @@ func (c *cluster) start(id string) *server {
 	log := c.log.With("server", id)
 	var err error
 	s.replica, err = gitreplica.New(gitreplica.Config{
-		Peers: s, Store: c.store, Log: log, Quorum: c.quorum, Background: 30 * time.Second, Resync: time.Hour,
+		Peers: s, Store: c.store, Log: log, Reg: c.registry, Quorum: c.quorum, Background: 30 * time.Second, Resync: time.Hour,
 	})
 	if err != nil {
 		c.t.Fatal(err)
