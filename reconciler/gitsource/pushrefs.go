@@ -82,8 +82,8 @@ func (p *push) changeTable(ctx context.Context, todo *[]*packp.Command) error {
 	next, refused := t.apply(*todo, p.s.limits.Refs)
 	maps.Copy(p.results, refused)
 	*todo = slices.DeleteFunc(*todo, func(c *packp.Command) bool { return refused[c.Name] != nil })
-	if p.req.has("atomic") && p.failed() {
-		p.failAll(errAtomic)
+	if p.req.has("atomic") && len(refused) > 0 { // FollowedRef is in force by now, and stays
+		p.fail(*todo, errAtomic)
 		return nil
 	}
 	if maps.Equal(next, t) {

@@ -298,8 +298,8 @@ func (p *push) execute(ctx context.Context, release func()) {
 		return
 	}
 	if followed != nil && p.results[followed.Name] == nil {
-		p.results[followed.Name] = p.follow(ctx, followed, func() { p.updateOthers(ctx); release() })
-		if atomic && p.failed() {
+		err := p.follow(ctx, followed, func() { p.updateOthers(ctx); release() })
+		if p.results[followed.Name] = err; atomic && err != nil {
 			p.failAll(errAtomic)
 			return
 		}
