@@ -106,6 +106,7 @@ const (
 	NotFound                  // Update, UpdateStatus or Delete of an absent key
 	Forbidden                 // a write to an object that comes from Git, outside a commit
 	Invalid                   // the mutation makes no sense (no object, duplicate key, exhausted range)
+	Busy                      // too many large transactions are on their way: try again later
 )
 
 // String names the code as metrics and logs spell it.
@@ -121,6 +122,8 @@ func (c Code) String() string {
 		return "forbidden"
 	case Invalid:
 		return "invalid"
+	case Busy:
+		return "busy"
 	}
 	return "unknown"
 }

@@ -35,14 +35,13 @@ func loaded(b *testing.B) *state.State {
 }
 
 func reduceAll(b *testing.B, s *state.State, index uint64, txns []command.Txn) *state.State {
-	for _, t := range txns {
-		next, r, _ := state.Reduce(s, index, t)
+	next, results, _ := state.ReduceEntry(s, index, txns)
+	for _, r := range results {
 		if r.Rejected != nil {
 			b.Fatal(r.Rejected)
 		}
-		s = next
 	}
-	return s
+	return next
 }
 
 // BenchmarkReduceEntry has the transaction as its operation, not the entry.
