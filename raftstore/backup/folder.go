@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // Folder is a target in the file system; it and the folders of clusters in it are made
@@ -35,13 +36,14 @@ func (f Folder) Put(ctx context.Context, name Name, write func(io.Writer) error)
 	if err != nil {
 		return 0, fmt.Errorf("put snapshot: %w", err)
 	}
+	sweep(filepath.Dir(path))
 	return size, syncDir(string(f)) // the cluster's folder may be new
 }
 
 // WriteFile makes the file path durably from what write writes: complete or not at all.
 // It replaces one that exists. It returns the size in bytes.
 func WriteFile(ctx context.Context, path string, write func(io.Writer) error) (_ int64, err error) {
-	tmp, err := os.CreateTemp(filepath.Dir(path), ".partial-*")
+	tmp, err := os.CreateTemp(filepath.Dir(path), partialPrefix+"*")
 	if err != nil {
 		return 0, err
 	}
@@ -65,6 +67,29 @@ func WriteFile(ctx context.Context, path string, write func(io.Writer) error) (_
 		return 0, err
 	}
 	return count.n, errors.Join(tmp.Close(), syncDir(filepath.Dir(path)))
+}
+
+const (
+	partialPrefix = ".partial-"
+	// partialAge is how long nobody has written to what nobody writes any more.
+	partialAge = 24 * time.Hour
+)
+
+// sweep removes what processes that were killed left behind. What cannot be removed
+// stays: the next snapshot tries again.
+func sweep(dir string) {
+	files, err := os.ReadDir(dir)
+	if err != nil {
+		return
+	}
+	for _, file := range files {
+		if !strings.HasPrefix(file.Name(), partialPrefix) {
+			continue
+		}
+		if info, err := file.Info(); err == nil && time.Since(info.ModTime()) > partialAge {
+			_ = os.Remove(filepath.Join(dir, file.Name()))
+		}
+	}
 }
 
 // List implements [Target].
