@@ -17,6 +17,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"decree.dev/decree/raftstore/backup"
+	"decree.dev/decree/raftstore/state"
 )
 
 func TestSaveVerify(t *testing.T) {
@@ -28,7 +29,10 @@ func TestSaveVerify(t *testing.T) {
 		t.Fatal("a secret can be read in the archive")
 	}
 	git := map[string][]byte{}
-	check := func(_ context.Context, name string, r io.Reader) (err error) {
+	check := func(_ context.Context, s *state.State, name string, r io.Reader) (err error) {
+		if s.Revision() != cluster().Revision() {
+			return errors.New("another state")
+		}
 		git[name], err = io.ReadAll(r)
 		return err
 	}
@@ -278,7 +282,7 @@ const hugeSize = 64 << 20
 
 type huge struct{}
 
-func (huge) Names() []string { return []string{"huge"} }
+func (huge) Names() ([]string, error) { return []string{"huge"}, nil }
 
 func (huge) Export(_ context.Context, _ string, w io.Writer) error {
 	for n := 0; n < hugeSize; n += len(big()) {

@@ -60,10 +60,11 @@ type Sum struct {
 	SHA256 string `json:"sha256"` // hexadecimal digits
 }
 
-// Repositories are the built-in Git repositories of a server.
+// Repositories are the built-in Git repositories of a server, as the state of a
+// [Source] names them.
 type Repositories interface {
-	// Names of all repositories.
-	Names() []string
+	// Names of all repositories that the state knows.
+	Names() ([]string, error)
 	// Export writes everything in one repository, at one moment, to w. The bytes are
 	// opaque here.
 	Export(ctx context.Context, name string, w io.Writer) error

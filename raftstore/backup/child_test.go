@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"decree.dev/decree/raftstore/backup"
+	"decree.dev/decree/raftstore/state"
 )
 
 // childMain restores the archive on standard input into the folder that the environment
@@ -18,8 +19,8 @@ func childMain() bool {
 		return false
 	}
 	cfg := restoring(dir)
-	cfg.Import = func(_ context.Context, dir, name string, r io.Reader) error {
-		if err := importFile(nil, dir, name, r); err != nil || name != "empty" {
+	cfg.Import = func(ctx context.Context, s *state.State, dir, name string, r io.Reader) error {
+		if err := importFile(ctx, s, dir, name, r); err != nil || name != "empty" {
 			return err
 		}
 		fmt.Println("in the middle")

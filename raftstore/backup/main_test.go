@@ -123,7 +123,7 @@ func create(list ...api.Object) command.Txn {
 // repositories are Git repositories as far as the archive sees them.
 type repositories map[string][]byte
 
-func (r repositories) Names() []string { return slices.Collect(maps.Keys(r)) }
+func (r repositories) Names() ([]string, error) { return slices.Collect(maps.Keys(r)), nil }
 
 func (r repositories) Export(_ context.Context, name string, w io.Writer) error {
 	_, err := w.Write(r[name])

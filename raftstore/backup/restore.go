@@ -30,6 +30,9 @@ const RevisionJump = 1 << 40
 // Transform makes of a restored state the first one of another cluster: state.Restore.
 type Transform func(old *state.State, clusterID string, nowMs int64, jump uint64) (*state.State, error)
 
+// ImportRepository reads an exported repository to its end and makes it below dir.
+type ImportRepository func(ctx context.Context, s *state.State, dir, name string, r io.Reader) error
+
 // RestoreConfig says what [Restore] makes. Dir, Node, Address and Transform are required.
 type RestoreConfig struct {
 	// Dir is the data folder. It must not exist, or be empty.
@@ -39,9 +42,9 @@ type RestoreConfig struct {
 	Transform     Transform
 	// Storage opens what raft keeps on disk; nil: as raftstore does by default.
 	Storage func(dir string) (raftstore.Storage, error)
-	// Import makes the repository name below the folder dir from what an export wrote.
-	// It reads r to its end. Nil: archives with repositories are refused.
-	Import func(ctx context.Context, dir, name string, r io.Reader) error
+	// Import makes the repository name below the folder dir from what an export wrote,
+	// for a cluster that begins with s. Nil: archives with repositories are refused.
+	Import ImportRepository
 	// Finish, when not nil, adds to the unfinished data folder what else it needs.
 	Finish func(dir string) error
 	Now    time.Time
@@ -146,7 +149,9 @@ func globQuote(path string) string {
 type building struct {
 	cfg RestoreConfig
 	dir string
-	out Restored
+	// state is what the new cluster begins with.
+	state *state.State
+	out   Restored
 }
 
 func (b *building) build(ctx context.Context, plain io.Reader) error {
@@ -163,7 +168,7 @@ func (b *building) build(ctx context.Context, plain io.Reader) error {
 			if err := os.MkdirAll(filepath.Join(b.dir, gitDir), 0o700); err != nil {
 				return err
 			}
-			if err := b.cfg.Import(ctx, filepath.Join(b.dir, gitDir), name, r); err != nil {
+			if err := b.cfg.Import(ctx, b.state, filepath.Join(b.dir, gitDir), name, r); err != nil {
 				return fmt.Errorf("repository %s: %w", name, err)
 			}
 			return nil
@@ -189,7 +194,7 @@ func (b *building) found(old *state.State) error {
 	if next.Settings() == nil || next.Settings().ClusterID != b.out.ClusterID || next.Revision() < old.Revision()+RevisionJump {
 		return errors.New("the restored state could be confused with that of the old cluster: this is a bug")
 	}
-	b.out.Revision = next.Revision()
+	b.state, b.out.Revision = next, next.Revision()
 	return raftstore.Found(raftstore.Founding{
 		Dir: filepath.Join(b.dir, raftDir), NodeID: b.cfg.Node, Address: b.cfg.Address, State: next,
 		Open: b.cfg.Storage, Logger: b.cfg.Logger,

@@ -25,10 +25,13 @@ import (
 )
 
 // importFile keeps what was exported as one file.
-func importFile(_ context.Context, dir, name string, r io.Reader) error {
+func importFile(_ context.Context, s *state.State, dir, name string, r io.Reader) error {
 	data, err := io.ReadAll(r)
 	if err != nil {
 		return err
+	}
+	if s.Settings().Restored == nil {
+		return errors.New("not the state that the new cluster begins with")
 	}
 	return os.WriteFile(filepath.Join(dir, name), data, 0o600)
 }
@@ -198,7 +201,7 @@ func TestRestoreRefuses(t *testing.T) {
 		"cut off early": {data[:50], nil, "corrupt"},
 		"no importer":   {data, func(c *backup.RestoreConfig) { c.Import = nil }, "nothing to import"},
 		"import fails": {data, func(c *backup.RestoreConfig) {
-			c.Import = func(context.Context, string, string, io.Reader) error { return errImport }
+			c.Import = func(context.Context, *state.State, string, string, io.Reader) error { return errImport }
 		}, "no space left"},
 		"finish fails": {data, func(c *backup.RestoreConfig) { c.Finish = func(string) error { return errImport } }, "no space left"},
 		"same cluster": {data, func(c *backup.RestoreConfig) { c.Transform = keepCluster }, "confused"},

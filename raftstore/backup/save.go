@@ -52,7 +52,11 @@ func (src *Source) manifest() (Manifest, error) {
 	if src.Repositories == nil {
 		return m, nil
 	}
-	for _, name := range slices.Sorted(slices.Values(src.Repositories.Names())) {
+	names, err := src.Repositories.Names()
+	if err != nil {
+		return m, fmt.Errorf("save snapshot: %w", err)
+	}
+	for _, name := range slices.Sorted(slices.Values(names)) {
 		part := gitPrefix + name
 		if _, ok := repositoryOf(part); !ok {
 			return m, fmt.Errorf("save snapshot: %q is no name of a repository", name)

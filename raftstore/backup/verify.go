@@ -50,8 +50,9 @@ type Report struct {
 	Unchecked []string `json:"unchecked,omitempty"`
 }
 
-// CheckRepository reads an exported repository to its end and says what is wrong with it.
-type CheckRepository func(ctx context.Context, name string, r io.Reader) error
+// CheckRepository reads an exported repository to its end and says what is wrong with
+// it, for example that it lacks what the state s names.
+type CheckRepository func(ctx context.Context, s *state.State, name string, r io.Reader) error
 
 // Verify reads all of an archive: it decodes the state, gives every repository to
 // check (nil: their bytes are compared only), and compares the sums. Memory is needed
@@ -71,15 +72,16 @@ func Verify(ctx context.Context, r io.Reader, keys Keys, check CheckRepository) 
 
 func verify(ctx context.Context, plain io.Reader, check CheckRepository) (Report, error) {
 	var report Report
+	var of *state.State
 	err := walk(ctx, plain, visitor{
 		manifest: func(m *Manifest) error { report.Manifest = m; return nil },
-		state:    func(s *state.State) error { report.Objects = countObjects(s); return nil },
+		state:    func(s *state.State) error { of, report.Objects = s, countObjects(s); return nil },
 		repository: func(name string, r io.Reader) error {
 			if check == nil {
 				report.Unchecked = append(report.Unchecked, gitPrefix+name)
 				return nil
 			}
-			if err := check(ctx, name, r); err != nil {
+			if err := check(ctx, of, name, r); err != nil {
 				return corrupt("repository %s: %w", name, err)
 			}
 			return nil

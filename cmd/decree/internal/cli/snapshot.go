@@ -24,7 +24,7 @@ import (
 // snapshotGit is how snapshots reach into the Git repositories that they hold.
 type snapshotGit struct {
 	check     backup.CheckRepository
-	importing func(ctx context.Context, dir, name string, r io.Reader) error
+	importing backup.ImportRepository
 }
 
 func snapshotCmd(e *env, git snapshotGit) *cobra.Command {
