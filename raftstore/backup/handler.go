@@ -62,13 +62,28 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(HeaderName, NameOf(m).String())
 	w.Header().Set("Trailer", TrailerError)
 	start := time.Now()
-	sent := &countWriter{w: w}
+	sent := &countWriter{w: &steadyWriter{w, http.NewResponseController(w)}}
 	if _, err := Save(r.Context(), sent, src, Protection{Plaintext: true}); err != nil {
 		w.Header().Set(TrailerError, oneLine(err.Error()))
 		log.Warn("snapshot not sent", "user", who.Name, "revision", m.Revision, "bytes", sent.n, "error", err)
 		return
 	}
 	log.Info("snapshot sent", "user", who.Name, "revision", m.Revision, "bytes", sent.n, "took", time.Since(start))
+}
+
+// stallTimeout is how long a client may take for one write, 128 KiB at most.
+const stallTimeout = time.Minute
+
+// steadyWriter gives up on clients that have stopped reading: an answer has no limit of
+// time as a whole.
+type steadyWriter struct {
+	http.ResponseWriter
+	control *http.ResponseController
+}
+
+func (s *steadyWriter) Write(p []byte) (int, error) {
+	_ = s.control.SetWriteDeadline(time.Now().Add(stallTimeout)) // not supported by test recorders
+	return s.ResponseWriter.Write(p)
 }
 
 // oneLine makes text fit for a header.

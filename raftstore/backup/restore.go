@@ -85,6 +85,9 @@ func Restore(ctx context.Context, r io.Reader, keys Keys, cfg RestoreConfig) (_ 
 	if cfg.Dir, err = filepath.Abs(cfg.Dir); err != nil {
 		return Restored{}, err
 	}
+	if real, err := filepath.EvalSymlinks(cfg.Dir); err == nil { // a link itself cannot become a folder
+		cfg.Dir = real
+	}
 	if err := free(cfg.Dir); err != nil {
 		return Restored{}, err
 	}

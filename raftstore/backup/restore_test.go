@@ -248,6 +248,17 @@ func TestRestoreFolder(t *testing.T) {
 	if err != nil || !bytes.Equal(before, after) {
 		t.Errorf("the folder was changed: %v", err)
 	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(t.TempDir(), link); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := backup.Restore(t.Context(), bytes.NewReader(data), backup.Keys{}, restoring(link)); err != nil {
+		t.Errorf("into an empty folder that a link leads to: %v", err)
+	}
+	openRestored(t, link)
+	if _, err := backup.Restore(t.Context(), bytes.NewReader(data), backup.Keys{}, restoring("/proc")); err == nil || !strings.Contains(err.Error(), "root of a file system") {
+		t.Errorf("over a mount: %v", err)
+	}
 	// One that is filled while the restore runs is left alone too.
 	cfg := restoring(filepath.Join(t.TempDir(), "data"))
 	cfg.Finish = func(string) error { return os.MkdirAll(filepath.Join(cfg.Dir, "mine"), 0o700) }
