@@ -112,21 +112,7 @@ func (f *Founding) write(s Storage) error {
 	if err != nil {
 		return fmt.Errorf("read the log: %w", err)
 	}
-	// The state names the log index of its last change: the log goes on behind it.
-	index := max(f.State.Index(), last+1)
-	sink, err := s.Snapshots.Create(raft.SnapshotVersionMax, index, foundingTerm, servers, last, transport)
-	if err != nil {
-		return fmt.Errorf("write the first snapshot: %w", err)
-	}
-	w := bufio.NewWriterSize(sink, 256<<10)
-	_, err = f.State.WriteTo(w)
-	if err == nil {
-		err = w.Flush()
-	}
-	if err != nil {
-		return errors.Join(fmt.Errorf("write the first snapshot: %w", err), sink.Cancel())
-	}
-	if err := sink.Close(); err != nil {
+	if err := f.writeSnapshot(s.Snapshots, transport, servers, last); err != nil {
 		return fmt.Errorf("write the first snapshot: %w", err)
 	}
 	first, err := s.Log.FirstIndex()
@@ -137,4 +123,24 @@ func (f *Founding) write(s Storage) error {
 		return fmt.Errorf("empty the log: %w", err)
 	}
 	return nil
+}
+
+// writeSnapshot writes the state as of the index after last, with the servers as they
+// were at last.
+func (f *Founding) writeSnapshot(store raft.SnapshotStore, transport raft.Transport, servers raft.Configuration, last uint64) error {
+	// The state names the log index of its last change: the log goes on behind it.
+	index := max(f.State.Index(), last+1)
+	sink, err := store.Create(raft.SnapshotVersionMax, index, foundingTerm, servers, last, transport)
+	if err != nil {
+		return err
+	}
+	w := bufio.NewWriterSize(sink, 256<<10)
+	_, err = f.State.WriteTo(w)
+	if err == nil {
+		err = w.Flush()
+	}
+	if err != nil {
+		return errors.Join(err, sink.Cancel())
+	}
+	return sink.Close()
 }
