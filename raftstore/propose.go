@@ -149,7 +149,7 @@ func (s *Store) launch(batch []*proposal) {
 	for i, p := range batch {
 		parts[i] = p.data
 	}
-	entry, err := command.EncodeEntry(parts...)
+	entry, err := command.EncodeEntry(command.Newest, parts...)
 	if err != nil {
 		answer(batch, fmt.Errorf("propose: %w", err))
 		return

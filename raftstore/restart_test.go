@@ -102,7 +102,7 @@ func TestUndecodableEntryStopsTheStore(t *testing.T) {
 	if err := bolt.GetLog(last, &entry); err != nil {
 		t.Fatal(err)
 	}
-	bad := &raft.Log{Index: last + 1, Term: entry.Term, Type: raft.LogCommand, Data: []byte{command.Version + 1, 0}}
+	bad := &raft.Log{Index: last + 1, Term: entry.Term, Type: raft.LogCommand, Data: []byte{command.Newest + 1, 0}}
 	if err := errors.Join(bolt.StoreLog(bad), bolt.Close()); err != nil {
 		t.Fatal(err)
 	}

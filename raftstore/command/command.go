@@ -31,6 +31,8 @@ type Txn struct {
 	Commit *Commit
 	// Bootstrap is set in the first transaction of a cluster, and only there.
 	Bootstrap *Bootstrap
+	// Part is set when this is only a piece of a transaction, see [Split].
+	Part *Part
 	// Mutations are applied in order. Each key may occur once.
 	Mutations []api.Mutation
 }
@@ -48,6 +50,16 @@ type Bootstrap struct {
 	NodeMask int
 	// DNS is the cluster DNS address; it lies in ServiceCIDR and no Service gets it.
 	DNS netip.Addr
+	// Restored is set when the cluster was made from a backup of another one.
+	Restored *Restored
+}
+
+// Restored says which cluster another one was made from, and how far that one had
+// come in the backup.
+type Restored struct {
+	ClusterID string // of the old cluster
+	Revision  uint64 // of the backup
+	Time      int64  // when it was restored, in milliseconds since 1970
 }
 
 // Commit says which commit a transaction brings into force.
@@ -66,6 +78,11 @@ type Commit struct {
 type Result struct {
 	// Revision is the revision of the state after the Txn (unchanged if rejected).
 	Revision uint64
+	// Missing is how many parts are still missing after this Txn with a Part: the
+	// transaction that it belongs to has not happened yet. When it is not zero although
+	// all parts were proposed, the state machine has given the first ones up: propose
+	// all of them again.
+	Missing int
 	// Rejected is nil when the Txn was applied.
 	Rejected *Rejection
 }
@@ -89,6 +106,7 @@ const (
 	NotFound                  // Update, UpdateStatus or Delete of an absent key
 	Forbidden                 // a write to an object that comes from Git, outside a commit
 	Invalid                   // the mutation makes no sense (no object, duplicate key, exhausted range)
+	Busy                      // too many large transactions are on their way: try again later
 )
 
 // String names the code as metrics and logs spell it.
@@ -104,6 +122,8 @@ func (c Code) String() string {
 		return "forbidden"
 	case Invalid:
 		return "invalid"
+	case Busy:
+		return "busy"
 	}
 	return "unknown"
 }

@@ -181,7 +181,7 @@ func TestEntryRoundTrip(t *testing.T) {
 			}
 			txns, parts = append(txns, tx), append(parts, b)
 		}
-		entry, err := command.EncodeEntry(parts...)
+		entry, err := command.EncodeEntry(command.Newest, parts...)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -211,13 +211,13 @@ func plain(t command.Txn) command.Txn {
 }
 
 func TestUnknownVersion(t *testing.T) {
-	entry, err := command.EncodeEntry()
+	entry, err := command.EncodeEntry(command.Newest)
 	if err != nil {
 		t.Fatal(err)
 	}
-	entry[0] = command.Version + 1
+	entry[0] = command.Newest + 1
 	var version *command.VersionError
-	if _, err := command.DecodeEntry(entry); !errors.As(err, &version) || version.Got != command.Version+1 {
+	if _, err := command.DecodeEntry(entry); !errors.As(err, &version) || version.Got != command.Newest+1 {
 		t.Fatalf("got %v", err)
 	}
 }
@@ -241,7 +241,7 @@ func goodEntry(t testing.TB) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	entry, err := command.EncodeEntry(b, b)
+	entry, err := command.EncodeEntry(command.Newest, b, b)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,7 +282,7 @@ func TestBounds(t *testing.T) {
 			}
 		})
 	}
-	if _, err := command.EncodeEntry(make([][]byte, command.MaxTxns+1)...); !errors.Is(err, command.ErrTooLarge) {
+	if _, err := command.EncodeEntry(command.Newest, make([][]byte, command.MaxTxns+1)...); !errors.Is(err, command.ErrTooLarge) {
 		t.Fatalf("got %v", err)
 	}
 	if _, err := command.DecodeEntry(make([]byte, command.MaxEntry+1)); !errors.Is(err, command.ErrTooLarge) {
@@ -297,7 +297,7 @@ func TestBounds(t *testing.T) {
 // value survives another round.
 func FuzzDecodeEntry(f *testing.F) {
 	f.Add(goodEntry(f))
-	empty, _ := command.EncodeEntry()
+	empty, _ := command.EncodeEntry(command.Newest)
 	f.Add(empty)
 	f.Add([]byte{})
 	f.Add([]byte{2, 1, 0})
@@ -311,7 +311,7 @@ func FuzzDecodeEntry(f *testing.F) {
 			if err != nil {
 				continue // an object may grow beyond a bound when it is written in full
 			}
-			entry, err := command.EncodeEntry(b)
+			entry, err := command.EncodeEntry(command.Newest, b)
 			if err != nil {
 				continue
 			}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"reflect"
+	"slices"
 
 	"k8s.io/apimachinery/pkg/runtime/serializer/cbor/direct"
 
@@ -23,7 +24,7 @@ const MaxObject = 8 << 20
 // keys, so equal objects give equal bytes.
 type protobuf interface {
 	Size() int
-	MarshalTo([]byte) (int, error)
+	MarshalToSizedBuffer([]byte) (int, error) // writes at the end
 	Unmarshal([]byte) error
 }
 
@@ -38,14 +39,14 @@ var ErrMalformed = errors.New("malformed")
 // Times keep whole seconds only, as in JSON, and empty maps and lists become nil.
 // It panics if the Go type of o is not registered.
 func AppendObject(b []byte, o api.Object) ([]byte, error) {
-	kind := api.KindOf(o)
-	if reflect.ValueOf(o).IsNil() {
-		return nil, fmt.Errorf("encode an object of %s: it is nil", kind.Resource)
+	kind, err := kindOf(o)
+	if err != nil {
+		return nil, err
 	}
-	b = appendString(b, string(kind.Resource))
 	if p, ok := o.(protobuf); ok {
-		return appendProtobuf(append(b, codecProtobuf), o, p)
+		return appendProtobuf(b, kind, o, p, p.Size())
 	}
+	b = append(appendString(b, string(kind.Resource)), codecCBOR)
 	data, err := direct.Marshal(o)
 	if err != nil {
 		return nil, fmt.Errorf("encode %s: %w", api.KeyOf(o), err)
@@ -53,17 +54,32 @@ func AppendObject(b []byte, o api.Object) ([]byte, error) {
 	if len(data) > MaxObject {
 		return nil, tooLarge(o, len(data))
 	}
-	return append(append(b, codecCBOR), data...), nil
+	return append(b, data...), nil
 }
 
-func appendProtobuf(b []byte, o api.Object, p protobuf) ([]byte, error) {
-	n := p.Size()
+func kindOf(o api.Object) (*api.Kind, error) {
+	kind := api.KindOf(o)
+	if isNil(o) {
+		return nil, fmt.Errorf("encode an object of %s: it is nil", kind.Resource)
+	}
+	return kind, nil
+}
+
+func isNil(o api.Object) bool { return reflect.ValueOf(o).IsNil() }
+
+// appendProtobuf appends o, whose payload has n bytes.
+func appendProtobuf(b []byte, kind *api.Kind, o api.Object, p protobuf, n int) ([]byte, error) {
 	if n > MaxObject {
 		return nil, tooLarge(o, n)
 	}
+	b = append(appendString(b, string(kind.Resource)), codecProtobuf)
 	start := len(b)
-	b = append(b, make([]byte, n)...)
-	if _, err := p.MarshalTo(b[start:]); err != nil {
+	b = slices.Grow(b, n)[:start+n]
+	got, err := p.MarshalToSizedBuffer(b[start:])
+	if err == nil && got != n {
+		err = fmt.Errorf("%d bytes of %d were written", got, n)
+	}
+	if err != nil {
 		return nil, fmt.Errorf("encode %s: %w", api.KeyOf(o), err)
 	}
 	return b, nil
@@ -80,30 +96,33 @@ func DecodeObject(b []byte) (api.Object, error) {
 		return nil, fmt.Errorf("decode object of %d bytes: %w", len(b), ErrTooLarge)
 	}
 	r := reader{b: b}
-	resource := r.str(maxName)
+	resource := r.resource()
 	codec := r.byte()
 	if r.err != nil {
 		return nil, fmt.Errorf("decode object: %w", r.err)
 	}
-	kind, ok := api.KindFor(api.Resource(resource))
+	kind, ok := api.KindFor(resource)
 	if !ok {
 		return nil, fmt.Errorf("decode object: unknown resource %q: %w", resource, ErrMalformed)
 	}
 	o := kind.New()
-	if err := decodePayload(o, codec, r.b); err != nil {
+	if err := decodePayload(o, kind, codec, r.b); err != nil {
 		return nil, fmt.Errorf("decode object of %s: %w: %w", resource, err, ErrMalformed)
 	}
-	o.GetObjectKind().SetGroupVersionKind(kind.GroupVersionKind)
 	return o, nil
 }
 
-func decodePayload(o api.Object, codec byte, payload []byte) error {
+func decodePayload(o api.Object, kind *api.Kind, codec byte, payload []byte) error {
 	p, isProtobuf := o.(protobuf)
 	switch {
 	case codec == codecProtobuf && isProtobuf:
-		return p.Unmarshal(payload)
+		return p.Unmarshal(payload) // which does not know apiVersion and kind
 	case codec == codecCBOR && !isProtobuf:
-		return direct.Unmarshal(payload, o)
+		if err := direct.Unmarshal(payload, o); err != nil {
+			return err
+		}
+		o.GetObjectKind().SetGroupVersionKind(kind.GroupVersionKind)
+		return nil
 	}
 	return fmt.Errorf("codec %d does not fit", codec)
 }

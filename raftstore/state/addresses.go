@@ -31,6 +31,9 @@ func CheckBootstrap(b *command.Bootstrap) error {
 	if b.NodeMask < b.PodCIDR.Bits() || b.NodeMask > b.PodCIDR.Addr().BitLen()-2 || b.NodeMask-b.PodCIDR.Bits() > 20 {
 		return fmt.Errorf("a node range of /%d does not fit into the pod range %s", b.NodeMask, b.PodCIDR)
 	}
+	if r := b.Restored; r != nil && (r.ClusterID == "" || r.ClusterID == b.ClusterID) {
+		return fmt.Errorf("the id %q of the cluster that was restored does not tell it from the new one, %q", r.ClusterID, b.ClusterID)
+	}
 	low, high := serviceBounds(b)
 	if n, ok := numberOf(b.ServiceCIDR, b.DNS); !ok || n < low || n > high {
 		return fmt.Errorf("the cluster DNS address %s must lie within the service range %s, and not at its ends", b.DNS, b.ServiceCIDR)
@@ -74,7 +77,8 @@ func (d *draft) allocateServiceIP(key api.Key, svc *corev1.Service) *command.Rej
 	if !ok {
 		return invalid(key, "no address is left in the service range %s: all %d are in use, delete a service that is not needed", b.ServiceCIDR, d.next.services.used.Len())
 	}
-	d.next.services = pool.take(n, holderOf(key))
+	pool.take(d.edit, n, holderOf(key))
+	d.next.services = pool
 	d.setServiceIP(svc, addressAt(b.ServiceCIDR, n, 0).String())
 	return nil
 }
@@ -96,7 +100,7 @@ func (d *draft) claimServiceIP(key api.Key, old, svc *corev1.Service, wanted str
 		return invalid(key, "spec.clusterIP %s is in use by services %q, choose another or none", wanted, holder)
 	}
 	d.releaseService(old)
-	d.next.services = d.next.services.take(n, holderOf(key))
+	d.next.services.take(d.edit, n, holderOf(key))
 	d.setServiceIP(svc, addr.String())
 	return nil
 }
@@ -120,7 +124,7 @@ func (d *draft) setServiceIP(svc *corev1.Service, ip string) {
 // releaseService gives back the address that svc holds, if any; svc may be nil.
 func (d *draft) releaseService(svc *corev1.Service) {
 	if n, ok := serviceNumber(d.next.settings, svc); ok {
-		d.next.services = d.next.services.release(n)
+		d.next.services.release(d.edit, n)
 	}
 }
 
@@ -182,7 +186,7 @@ func (d *draft) placeNode(key api.Key, old, node *corev1.Node) *command.Rejectio
 	}
 	d.next.nodes = pool
 	d.releaseNode(old)
-	d.next.nodes = d.next.nodes.take(n, holderOf(key))
+	d.next.nodes.take(d.edit, n, holderOf(key))
 	cidr := nodeRange(b, n).String()
 	node.Spec.PodCIDR, node.Spec.PodCIDRs = cidr, []string{cidr}
 	return nil
@@ -190,7 +194,7 @@ func (d *draft) placeNode(key api.Key, old, node *corev1.Node) *command.Rejectio
 
 func (d *draft) releaseNode(node *corev1.Node) {
 	if n, ok := nodeNumber(d.next.settings, node); ok {
-		d.next.nodes = d.next.nodes.release(n)
+		d.next.nodes.release(d.edit, n)
 	}
 }
 

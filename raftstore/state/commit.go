@@ -25,7 +25,7 @@ func (d *draft) checkCommit() *command.Rejection {
 	if spec.Source != c.Source {
 		return invalid(key, "the commit's Revision is of source %q", spec.Source)
 	}
-	o, ok := d.get(key)
+	o, ok := d.get(slotOf(key))
 	if !ok {
 		return &command.Rejection{Code: command.NotFound, Key: key, Message: "does not exist, so no commit of it can come into force"}
 	}
@@ -60,26 +60,27 @@ func (d *draft) recordCommit() *command.Rejection {
 	if c == nil {
 		return nil
 	}
-	record, _ := d.next.sources.Get([]byte(c.Source))
+	record, _ := d.next.sources.get(c.Source)
 	record.sequence++
-	d.next.sources, _, _ = d.next.sources.Insert([]byte(c.Source), record)
+	d.next.sources.set(d.edit, c.Source, record)
 
 	key := revisionKey(c.Source, record.sequence)
+	at := slotOf(key)
 	revision := shallow(c.Revision).(*api.Revision)
 	revision.Name, revision.Namespace, revision.GenerateName = key.Name, "", ""
 	revision.Spec.Parent = c.Parent
 	if rejection := checkName(key, api.KindOf(revision)); rejection != nil {
 		return rejection
 	}
-	if old, exists := d.get(key); exists {
+	if old, exists := d.get(at); exists {
 		return &command.Rejection{Code: command.Exists, Key: key, Message: "exists already, at revision " + old.GetResourceVersion()}
 	}
 	revision.UID = newUID(d.next.settings.ClusterID, d.next.revision+1)
-	revision.CreationTimestamp = seconds(d.next.time)
+	revision.CreationTimestamp = seconds(d.now)
 	revision.DeletionTimestamp, revision.DeletionGracePeriodSeconds, revision.Generation = nil, nil, 1
-	d.put(key, nil, revision)
+	d.put(at, nil, revision)
 	if record.sequence > KeepRevisions {
-		oldest := revisionKey(c.Source, record.sequence-KeepRevisions)
+		oldest := slotOf(revisionKey(c.Source, record.sequence-KeepRevisions))
 		if old, ok := d.get(oldest); ok {
 			d.remove(oldest, old)
 		}
@@ -97,17 +98,17 @@ func revisionKey(source string, sequence uint64) api.Key {
 // advanceSource writes into the Source which commit is in force, unless the commit
 // deleted it.
 func (d *draft) advanceSource(c *command.Commit, objects int64) {
-	key := api.Key{Resource: api.Sources, Name: c.Source}
-	old, ok := d.get(key)
+	at := slotOf(api.Key{Resource: api.Sources, Name: c.Source})
+	old, ok := d.get(at)
 	if !ok {
 		return
 	}
 	o := shallow(old).(*api.Source)
-	at := seconds(d.next.time)
+	now := seconds(d.now)
 	o.Status.Applied, o.Status.Fetched = c.Revision.Spec.Commit, c.Revision.Spec.Commit
-	o.Status.AppliedAt = &at
+	o.Status.AppliedAt = &now
 	o.Status.Objects = objects
-	if !equal(o, old) {
-		d.put(key, old, o)
+	if !d.equal(o, old) {
+		d.put(at, old, o)
 	}
 }

@@ -1,11 +1,8 @@
 package state
 
 import (
-	"encoding/binary"
 	"math/big"
 	"net/netip"
-
-	iradix "github.com/hashicorp/go-immutable-radix/v2"
 
 	"decree.dev/decree/raftstore/command"
 )
@@ -13,29 +10,19 @@ import (
 // maxPool bounds the numbers of one pool, whatever the width of an IPv6 range.
 const maxPool = 1 << 20
 
-// pool says which numbers of a range are taken, and by whom. It is immutable. Free
-// numbers are handed out in turn, so that an address that was just released is the
-// last to be used again.
+// pool says which numbers of a range are taken, and by whom. It is immutable between
+// edits. Free numbers are handed out in turn, so that an address that was just
+// released is the last to be used again.
 type pool struct {
-	used *iradix.Tree[string] // number, big endian -> name of the holder
+	used tree[uint64, string] // number -> name of the holder
 	next uint64               // where the search begins
 }
 
-func newPool() pool { return pool{used: iradix.New[string]()} }
+func (p pool) holder(n uint64) (string, bool) { return p.used.get(n) }
 
-func (p pool) holder(n uint64) (string, bool) {
-	return p.used.Get(binary.BigEndian.AppendUint64(nil, n))
-}
+func (p *pool) take(e *edit, n uint64, holder string) { p.used.set(e, n, holder) }
 
-func (p pool) take(n uint64, holder string) pool {
-	p.used, _, _ = p.used.Insert(binary.BigEndian.AppendUint64(nil, n), holder)
-	return p
-}
-
-func (p pool) release(n uint64) pool {
-	p.used, _, _ = p.used.Delete(binary.BigEndian.AppendUint64(nil, n))
-	return p
-}
+func (p *pool) release(e *edit, n uint64) { p.used.delete(e, n) }
 
 // free finds a number in [low, high] that is neither taken nor reserved, and
 // returns the pool with its search moved on. ok is false if there is none.

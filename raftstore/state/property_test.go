@@ -213,7 +213,7 @@ func checkReplay(t *rapid.T, log []command.Txn, want *state.State) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		entry, err := command.EncodeEntry(data)
+		entry, err := command.EncodeEntry(command.Newest, data)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -2,11 +2,8 @@ package state
 
 import (
 	"fmt"
-	"strconv"
 
-	iradix "github.com/hashicorp/go-immutable-radix/v2"
 	corev1 "k8s.io/api/core/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/schemas/api"
@@ -19,33 +16,45 @@ import (
 // events. Every object change takes one revision, without gaps; a mutation that
 // changes nothing takes none. Reduce is pure: neither s nor t is modified, though
 // the new state may share objects with t.
+//
+// A part of a transaction changes nothing that anybody sees, until the last one comes:
+// then the whole transaction happens at once, here. If that is rejected, the state has
+// forgotten its parts, and nothing else has happened.
 func Reduce(s *State, index uint64, t command.Txn) (*State, command.Result, []Event) {
-	if revision, ok := s.history.find(t.Key); ok {
-		return s, command.Result{Revision: revision}, nil
-	}
-	d := newDraft(s, index, &t)
-	if rejection := d.run(); rejection != nil {
-		return s, command.Result{Revision: s.revision, Rejected: rejection}, nil
-	}
-	return d.finish()
+	d := newDraft(s, index, 0)
+	result, events := d.apply(&t)
+	return d.state(), result, events
 }
 
-// draft is the next state while a transaction is being applied. It is thrown away
-// when the transaction is rejected.
-type draft struct {
-	txn    *command.Txn
-	base   *State
-	next   State
-	tables []*iradix.Txn[api.Object] // nil where untouched
-	owned  *iradix.Txn[api.Object]
-	events []Event
+// ReduceEntry does what Reduce does for each of txns, one after another, and returns
+// the state after the last one: what they have in common is copied once.
+func ReduceEntry(s *State, index uint64, txns []command.Txn) (*State, []command.Result, [][]Event) {
+	d := newDraft(s, index, len(txns))
+	results, events := make([]command.Result, len(txns)), make([][]Event, len(txns))
+	for i := range txns {
+		results[i], events[i] = d.apply(&txns[i])
+	}
+	return d.state(), results, events
 }
 
-func newDraft(s *State, index uint64, t *command.Txn) *draft {
-	d := &draft{txn: t, base: s, next: *s, tables: make([]*iradix.Txn[api.Object], len(s.tables))}
-	d.next.index = index
-	d.next.time = max(s.time, t.Time)
-	return d
+func (d *draft) apply(t *command.Txn) (command.Result, []Event) {
+	if revision, ok := d.next.history.find(t.Key); ok {
+		return command.Result{Revision: revision}, nil
+	}
+	if t.Part != nil {
+		return d.applyPart(t)
+	}
+	d.begin(t)
+	rejection := d.run()
+	if rejection != nil || len(d.events) == d.first && t.Key == "" && t.Bootstrap == nil {
+		d.undo()
+		return command.Result{Revision: d.next.revision, Rejected: rejection}, nil
+	}
+	d.keep()
+	if t.Key != "" {
+		d.next.history.add(d.edit, t.Key, d.next.revision)
+	}
+	return command.Result{Revision: d.next.revision}, d.events[d.first:len(d.events):len(d.events)]
 }
 
 func (d *draft) run() *command.Rejection {
@@ -55,13 +64,18 @@ func (d *draft) run() *command.Rejection {
 	if rejection := d.checkCommit(); rejection != nil {
 		return rejection
 	}
-	seen := make(map[api.Key]struct{}, len(d.txn.Mutations))
+	var seen map[api.Key]struct{}
+	if len(d.txn.Mutations) > 1 {
+		seen = make(map[api.Key]struct{}, len(d.txn.Mutations))
+	}
 	for i := range d.txn.Mutations {
 		m := &d.txn.Mutations[i]
 		if _, twice := seen[m.Key]; twice {
 			return invalid(m.Key, "occurs twice in one transaction")
 		}
-		seen[m.Key] = struct{}{}
+		if seen != nil {
+			seen[m.Key] = struct{}{}
+		}
 		if rejection := d.mutate(m); rejection != nil {
 			return rejection
 		}
@@ -72,12 +86,12 @@ func (d *draft) run() *command.Rejection {
 func (d *draft) bootstrap() *command.Rejection {
 	b := d.txn.Bootstrap
 	switch {
-	case b == nil && d.base.settings == nil:
+	case b == nil && d.next.settings == nil:
 		return &command.Rejection{Code: command.Invalid, Message: "the cluster has no settings yet: its first transaction must bring them"}
 	case b == nil:
 		return nil
-	case d.base.settings != nil:
-		return &command.Rejection{Code: command.Exists, Message: fmt.Sprintf("the cluster has its settings already, its id is %s", d.base.settings.ClusterID)}
+	case d.next.settings != nil:
+		return &command.Rejection{Code: command.Exists, Message: fmt.Sprintf("the cluster has its settings already, its id is %s", d.next.settings.ClusterID)}
 	}
 	if err := CheckBootstrap(b); err != nil {
 		return &command.Rejection{Code: command.Invalid, Message: err.Error()}
@@ -85,28 +99,10 @@ func (d *draft) bootstrap() *command.Rejection {
 	settings := *b
 	d.next.settings = &settings
 	d.next.revision = 1 // revision 0 means "any" to Kubernetes clients
+	if b.Restored != nil {
+		d.next.revision += b.Restored.Revision
+	}
 	return nil
-}
-
-// finish turns the draft into a state.
-func (d *draft) finish() (*State, command.Result, []Event) {
-	if len(d.events) == 0 && d.txn.Key == "" && d.txn.Bootstrap == nil {
-		return d.base, command.Result{Revision: d.base.revision}, nil
-	}
-	tables := append([]*table(nil), d.base.tables...)
-	for i, t := range d.tables {
-		if t != nil {
-			tables[i] = t.CommitOnly()
-		}
-	}
-	d.next.tables = tables
-	if d.owned != nil {
-		d.next.owned = d.owned.CommitOnly()
-	}
-	if d.txn.Key != "" {
-		d.next.history = d.next.history.add(d.txn.Key, d.next.revision)
-	}
-	return &d.next, command.Result{Revision: d.next.revision}, d.events
 }
 
 func (d *draft) mutate(m *api.Mutation) *command.Rejection {
@@ -114,12 +110,16 @@ func (d *draft) mutate(m *api.Mutation) *command.Rejection {
 	if rejection != nil {
 		return rejection
 	}
-	old, exists := d.get(m.Key)
+	if rejection := d.mayGovern(m, kind); rejection != nil {
+		return rejection
+	}
+	at := slot{key: m.Key, kind: kind, at: tableKey(m.Key.Namespace, m.Key.Name)}
+	old, exists := d.get(at)
 	if m.Verb == api.Create {
 		if exists {
 			return d.createTaken(m, old)
 		}
-		return d.create(m, kind)
+		return d.create(m, at)
 	}
 	if !exists {
 		return &command.Rejection{Code: command.NotFound, Key: m.Key, Message: "does not exist"}
@@ -129,14 +129,14 @@ func (d *draft) mutate(m *api.Mutation) *command.Rejection {
 	}
 	switch {
 	case m.Verb == api.Delete:
-		return d.delete(m, old)
-	case m.Verb == api.UpdateStatus && shapeOf(kind).status >= 0:
-		return d.updateStatus(m, old, kind)
+		return d.delete(m, at, old)
+	case m.Verb == api.UpdateStatus && kind.status >= 0:
+		return d.updateStatus(m, at, old)
 	}
-	return d.update(m, old, kind)
+	return d.update(m, at, old)
 }
 
-func (d *draft) create(m *api.Mutation, kind *api.Kind) *command.Rejection {
+func (d *draft) create(m *api.Mutation, at slot) *command.Rejection {
 	if rejection := d.mayCreate(m); rejection != nil {
 		return rejection
 	}
@@ -148,22 +148,21 @@ func (d *draft) create(m *api.Mutation, kind *api.Kind) *command.Rejection {
 		return rejection
 	}
 	o.SetUID(newUID(d.next.settings.ClusterID, d.next.revision+1))
-	o.SetCreationTimestamp(seconds(d.next.time))
+	o.SetCreationTimestamp(seconds(d.now))
 	o.SetDeletionTimestamp(nil)
 	o.SetDeletionGracePeriodSeconds(nil)
 	o.SetGeneration(0)
-	if shapeOf(kind).spec >= 0 {
+	if at.kind.spec >= 0 {
 		o.SetGeneration(1)
 	}
-	d.put(m.Key, nil, o)
+	d.put(at, nil, o)
 	return nil
 }
 
-func (d *draft) update(m *api.Mutation, old api.Object, kind *api.Kind) *command.Rejection {
+func (d *draft) update(m *api.Mutation, at slot, old api.Object) *command.Rejection {
 	o := shallow(m.Object)
 	keepIdentity(o, old)
-	shape := shapeOf(kind)
-	shape.copyStatus(o, old)
+	at.kind.copyStatus(o, old)
 	if rejection := d.bind(m, old, o); rejection != nil {
 		return rejection
 	}
@@ -177,27 +176,27 @@ func (d *draft) update(m *api.Mutation, old api.Object, kind *api.Kind) *command
 	if rejection != nil {
 		return rejection
 	}
-	if equal(o, old) {
+	if d.equal(o, old) {
 		return nil
 	}
-	if shape.spec >= 0 && !shape.sameSpec(o, old) {
+	if at.kind.spec >= 0 && !d.sameSpec(at.kind, o, old) {
 		o.SetGeneration(old.GetGeneration() + 1)
 	}
-	d.put(m.Key, old, o)
+	d.put(at, old, o)
 	return nil
 }
 
-func (d *draft) updateStatus(m *api.Mutation, old api.Object, kind *api.Kind) *command.Rejection {
+func (d *draft) updateStatus(m *api.Mutation, at slot, old api.Object) *command.Rejection {
 	o := shallow(old)
-	shapeOf(kind).copyStatus(o, m.Object)
-	if !equal(o, old) {
-		d.put(m.Key, old, o)
+	at.kind.copyStatus(o, m.Object)
+	if !d.equal(o, old) {
+		d.put(at, old, o)
 	}
 	return nil
 }
 
 // delete removes an object, or marks a Pod that a node may be running.
-func (d *draft) delete(m *api.Mutation, old api.Object) *command.Rejection {
+func (d *draft) delete(m *api.Mutation, at slot, old api.Object) *command.Rejection {
 	if rejection := d.mayDelete(m, old); rejection != nil {
 		return rejection
 	}
@@ -206,22 +205,22 @@ func (d *draft) delete(m *api.Mutation, old api.Object) *command.Rejection {
 	}
 	pod, ok := old.(*corev1.Pod)
 	if !ok || pod.Spec.NodeName == "" {
-		d.remove(m.Key, old)
+		d.remove(at, old)
 		return nil
 	}
 	grace := podGrace(m, pod)
 	if grace <= 0 {
-		d.remove(m.Key, old)
+		d.remove(at, old)
 		return nil
 	}
-	deadline := seconds(d.next.time + min(grace, maxGrace)*1000)
+	deadline := seconds(d.now + min(grace, maxGrace)*1000)
 	if before := pod.DeletionTimestamp; before != nil && (m.Grace == nil || !deadline.Before(before)) {
 		return nil // it is on its way, and this does not make it faster
 	}
 	o := shallow(old)
 	o.SetDeletionTimestamp(&deadline)
 	o.SetDeletionGracePeriodSeconds(&grace)
-	d.put(m.Key, old, o)
+	d.put(at, old, o)
 	return nil
 }
 
@@ -273,84 +272,4 @@ func (d *draft) place(key api.Key, old, o api.Object) *command.Rejection {
 		return d.placeNode(key, before, o)
 	}
 	return nil
-}
-
-func (d *draft) get(k api.Key) (api.Object, bool) {
-	i := kindIndex[k.Resource]
-	if t := d.tables[i]; t != nil {
-		return t.Get(tableKey(k.Namespace, k.Name))
-	}
-	return d.base.tables[i].Get(tableKey(k.Namespace, k.Name))
-}
-
-func (d *draft) table(r api.Resource) *iradix.Txn[api.Object] {
-	i := kindIndex[r]
-	if d.tables[i] == nil {
-		d.tables[i] = d.base.tables[i].Txn()
-	}
-	return d.tables[i]
-}
-
-// put stores o, which the draft owns until now, under the next revision. old is
-// what it replaces, nil for nothing.
-func (d *draft) put(k api.Key, old, o api.Object) {
-	d.next.revision++
-	o.SetResourceVersion(strconv.FormatUint(d.next.revision, 10))
-	d.table(k.Resource).Insert(tableKey(k.Namespace, k.Name), o)
-	d.index(k, old, o)
-	d.events = append(d.events, Event{Revision: d.next.revision, Key: k, Old: old, New: o})
-}
-
-func (d *draft) remove(k api.Key, old api.Object) {
-	d.next.revision++
-	d.table(k.Resource).Delete(tableKey(k.Namespace, k.Name))
-	d.index(k, old, nil)
-	switch o := old.(type) {
-	case *corev1.Service:
-		d.releaseService(o)
-	case *corev1.Node:
-		d.releaseNode(o)
-	}
-	d.events = append(d.events, Event{Revision: d.next.revision, Key: k, Old: old})
-}
-
-// index keeps the owner index and the object counts of sources.
-func (d *draft) index(k api.Key, old, o api.Object) {
-	before, after := controllerOf(old), controllerOf(o)
-	if d.owned == nil && (before != nil || after != nil) {
-		d.owned = d.base.owned.Txn()
-	}
-	if before != nil && (after == nil || after.UID != before.UID) {
-		d.owned.Delete(ownedKey(before.UID, k))
-	}
-	if after != nil {
-		d.owned.Insert(ownedKey(after.UID, k), o)
-	}
-	if from, to := sourceOf(old), sourceOf(o); from != to {
-		d.count(from, -1)
-		d.count(to, +1)
-	}
-}
-
-func (d *draft) count(name string, by int64) {
-	if name == "" {
-		return
-	}
-	record, _ := d.next.sources.Get([]byte(name))
-	record.objects += by
-	d.next.sources, _, _ = d.next.sources.Insert([]byte(name), record)
-}
-
-func controllerOf(o api.Object) *metav1.OwnerReference {
-	if o == nil {
-		return nil
-	}
-	return metav1.GetControllerOfNoCopy(o)
-}
-
-func sourceOf(o api.Object) string {
-	if o == nil {
-		return ""
-	}
-	return o.GetAnnotations()[api.AnnotationSource]
 }

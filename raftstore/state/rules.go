@@ -21,8 +21,8 @@ func forbidden(k api.Key, format string, args ...any) *command.Rejection {
 }
 
 // checkMutation refuses what makes no sense whatever the state is.
-func checkMutation(m *api.Mutation) (*api.Kind, *command.Rejection) {
-	kind, ok := api.KindFor(m.Key.Resource)
+func checkMutation(m *api.Mutation) (*kindInfo, *command.Rejection) {
+	kind, ok := kinds[m.Key.Resource]
 	if !ok {
 		return nil, invalid(m.Key, "no kind has the resource %q", m.Key.Resource)
 	}
@@ -39,7 +39,7 @@ func checkMutation(m *api.Mutation) (*api.Kind, *command.Rejection) {
 			return nil, invalid(m.Key, "%s carries %s", m.Verb, got)
 		}
 	}
-	return kind, checkName(m.Key, kind)
+	return kind, checkName(m.Key, kind.Kind)
 }
 
 // checkName keeps names apart in tables and URLs. The fine rules of names are the
@@ -53,10 +53,36 @@ func checkName(k api.Key, kind *api.Kind) *command.Rejection {
 	case k.Name == "":
 		return invalid(k, "%s without a name", kind.Kind)
 	}
-	for _, s := range []string{k.Namespace, k.Name} {
-		if len(s) > 253 || s == "." || s == ".." || strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r == '/' || r == '%' || r >= 0x7f }) {
+	for _, s := range [...]string{k.Namespace, k.Name} {
+		if !isName(s) {
 			return invalid(k, "%.40q is not a name: at most 253 printable ASCII characters without / and %%", s)
 		}
+	}
+	return nil
+}
+
+func isName(s string) bool {
+	if len(s) > 253 || s == "." || s == ".." {
+		return false
+	}
+	for i := range len(s) {
+		if c := s[i]; c <= ' ' || c == '/' || c == '%' || c >= 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
+// mayGovern keeps what the control plane is made of from everybody else: who could
+// write a JoinToken or the Authority would be admitted to everything.
+func (d *draft) mayGovern(m *api.Mutation, kind *kindInfo) *command.Rejection {
+	switch {
+	case !kind.controlPlane:
+		return nil
+	case d.txn.Commit != nil:
+		return forbidden(m.Key, "%s never come from git, decree writes them itself", kind.Plural)
+	case d.txn.Actor != "system" && !strings.HasPrefix(d.txn.Actor, "server/"):
+		return forbidden(m.Key, "only a server may %s %s, %q may not", m.Verb, kind.Plural, d.txn.Actor)
 	}
 	return nil
 }
@@ -115,7 +141,7 @@ func (d *draft) keptFromGit(old, o api.Object) bool {
 		o.(*corev1.Pod).Spec.NodeName = old.(*corev1.Pod).Spec.NodeName
 		o.(*corev1.Pod).Status = old.(*corev1.Pod).Status // not from Git: bind adds PodScheduled
 	}
-	return equal(o, old)
+	return d.equal(o, old)
 }
 
 // mayDelete: a Pod from Git that a commit has deleted is removed by its node.

@@ -2,20 +2,36 @@ package state
 
 import (
 	"bytes"
+	"maps"
 	"reflect"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/schemas/api"
 )
 
-// shape says where the Go type of a kind has its spec and its status.
-type shape struct{ spec, status int } // field numbers, -1 for none
+// kindInfo is what the state machine knows about a kind.
+type kindInfo struct {
+	*api.Kind
+	index        int  // in State.tables
+	spec, status int  // field numbers in the Go type, -1 for none
+	placed       bool // the state machine assigns something to it
+	controlPlane bool // what the cluster itself is made of
+}
 
-var shapes = func() map[api.Resource]shape {
-	m := make(map[api.Resource]shape)
-	for _, k := range api.Kinds() {
+var kinds = func() map[api.Resource]*kindInfo {
+	m := make(map[api.Resource]*kindInfo)
+	for i, k := range api.Kinds() {
 		t := reflect.TypeOf(k.New()).Elem()
-		m[k.Resource] = shape{spec: fieldNumber(t, "Spec"), status: fieldNumber(t, "Status")}
+		m[k.Resource] = &kindInfo{Kind: k, index: i, spec: fieldNumber(t, "Spec"), status: fieldNumber(t, "Status")}
+	}
+	for _, r := range []api.Resource{api.Services, api.Nodes} {
+		m[r].placed = true
+	}
+	for _, r := range []api.Resource{api.Servers, api.Authorities, api.JoinTokens, api.Machines} {
+		m[r].controlPlane = true
 	}
 	return m
 }()
@@ -28,20 +44,22 @@ func fieldNumber(t reflect.Type, name string) int {
 	return f.Index[0]
 }
 
-func shapeOf(k *api.Kind) shape { return shapes[k.Resource] }
-
 // copyStatus replaces the status of o by that of from; without one it does nothing.
-func (s shape) copyStatus(o, from api.Object) {
-	if s.status >= 0 {
-		reflect.ValueOf(o).Elem().Field(s.status).Set(reflect.ValueOf(from).Elem().Field(s.status))
+func (k *kindInfo) copyStatus(o, from api.Object) {
+	if k.status >= 0 {
+		reflect.ValueOf(o).Elem().Field(k.status).Set(reflect.ValueOf(from).Elem().Field(k.status))
 	}
 }
 
 // sameSpec reports whether a and b differ in metadata and status at most.
-func (s shape) sameSpec(a, b api.Object) bool {
+func (d *draft) sameSpec(k *kindInfo, a, b api.Object) bool {
+	x, y := reflect.ValueOf(a).Elem().Field(k.spec), reflect.ValueOf(b).Elem().Field(k.spec)
+	if x, ok := x.Addr().Interface().(protobuf); ok {
+		return d.sameBytes(x, y.Addr().Interface().(protobuf))
+	}
 	c := shallow(b)
-	reflect.ValueOf(c).Elem().Field(s.spec).Set(reflect.ValueOf(a).Elem().Field(s.spec))
-	return equal(c, b)
+	reflect.ValueOf(c).Elem().Field(k.spec).Set(x)
+	return d.equal(c, b)
 }
 
 // shallow returns a copy of the struct that o points to. What the struct points to
@@ -63,9 +81,44 @@ func keepIdentity(o, old api.Object) {
 	o.SetResourceVersion(old.GetResourceVersion())
 }
 
+// protobuf is what the generated code of the Kubernetes types offers. Equal values
+// give equal bytes.
+type protobuf interface {
+	Size() int
+	MarshalToSizedBuffer([]byte) (int, error)
+}
+
 // equal compares what would be stored: nil and empty are one, times have seconds.
-func equal(a, b api.Object) bool {
-	x, errX := command.AppendObject(nil, a)
-	y, errY := command.AppendObject(nil, b)
-	return errX == nil && errY == nil && bytes.Equal(x, y)
+func (d *draft) equal(a, b api.Object) bool {
+	if x, ok := a.(protobuf); ok {
+		return !differs(a, b) && d.sameBytes(x, b.(protobuf))
+	}
+	x, errX := command.AppendObject(d.scratch[0][:0], a)
+	y, errY := command.AppendObject(d.scratch[1][:0], b)
+	if errX != nil || errY != nil {
+		return false
+	}
+	d.scratch = [2][]byte{x, y}
+	return bytes.Equal(x, y)
+}
+
+// differs finds out at once about two objects of one kind what is most likely: that
+// the data of a ConfigMap has changed. False says nothing.
+func differs(a, b api.Object) bool {
+	x, ok := a.(*corev1.ConfigMap)
+	return ok && !maps.Equal(x.Data, b.(*corev1.ConfigMap).Data)
+}
+
+// sameBytes compares the encodings of a and b.
+func (d *draft) sameBytes(a, b protobuf) bool {
+	n := a.Size()
+	if n != b.Size() {
+		return false
+	}
+	for i := range d.scratch {
+		d.scratch[i] = slices.Grow(d.scratch[i][:0], n)[:n]
+	}
+	_, errA := a.MarshalToSizedBuffer(d.scratch[0])
+	_, errB := b.MarshalToSizedBuffer(d.scratch[1])
+	return errA == nil && errB == nil && bytes.Equal(d.scratch[0], d.scratch[1])
 }

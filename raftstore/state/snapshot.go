@@ -20,7 +20,14 @@ import (
 // A snapshot is a magic line with the format version, then frames (type, length,
 // payload), of which the last one holds a SHA-256 of all bytes before it. What can
 // be derived from the objects (indexes, taken addresses, counts) is not in it.
-const snapshotMagic = "decree state 1\n"
+//
+// The version is that of the log format which the content needs, so that equal states
+// give equal bytes whichever version of Decree writes them, and so that servers of the
+// version before can be sent a snapshot until the cluster writes the newer format.
+const (
+	snapshotMagic = "decree state %d\n" // one digit
+	magicSize     = len("decree state 1\n")
+)
 
 // The frames. Their numbers are part of the format.
 const (
@@ -30,6 +37,8 @@ const (
 	frameObject = 4 // command.AppendObject
 	frameKey    = 5 // transaction key, revision; oldest first
 	frameEnd    = 6 // checksum
+	frameParts  = 7 // a transaction in parts that is not complete; since version 2
+	framePart   = 8 // a part of the last frameParts: index, data; since version 2
 )
 
 // maxFrame bounds the memory that one frame takes to read.
@@ -43,7 +52,7 @@ var ErrCorrupt = errors.New("corrupt snapshot")
 // give equal bytes.
 func (s *State) WriteTo(w io.Writer) (int64, error) {
 	e := &snapshotWriter{w: w, sum: sha256.New()}
-	e.write([]byte(snapshotMagic))
+	fmt.Fprintf(e, snapshotMagic, s.format())
 	header := binary.AppendUvarint(nil, s.index)
 	header = binary.AppendUvarint(header, s.revision)
 	header = binary.AppendVarint(header, s.time)
@@ -57,6 +66,7 @@ func (s *State) WriteTo(w io.Writer) (int64, error) {
 	s.writeSources(e)
 	s.writeObjects(e)
 	s.writeHistory(e)
+	s.writeParts(e)
 	e.frame(frameEnd, e.sum.Sum(nil))
 	if e.err != nil {
 		return e.n, fmt.Errorf("write snapshot of revision %d: %w", s.revision, e.err)
@@ -64,9 +74,22 @@ func (s *State) WriteTo(w io.Writer) (int64, error) {
 	return e.n, nil
 }
 
+// format is the oldest log format that knows all of the content.
+func (s *State) format() int {
+	if len(s.parts) > 0 || s.settings != nil && s.settings.Restored != nil {
+		return 2
+	}
+	format := command.Oldest
+	for r, kind := range kinds {
+		if s.tables[kind.index].Len() > 0 {
+			format = max(format, command.FormatOfKind(r))
+		}
+	}
+	return format
+}
+
 func (s *State) writeSources(e *snapshotWriter) {
-	it := s.sources.Root().Iterator()
-	for name, record, ok := it.Next(); ok; name, record, ok = it.Next() {
+	for name, record := range s.sources.all() {
 		e.frame(frameSource, append(binary.AppendUvarint(nil, record.sequence), name...))
 	}
 }
@@ -87,10 +110,26 @@ func (s *State) writeObjects(e *snapshotWriter) {
 }
 
 func (s *State) writeHistory(e *snapshotWriter) {
-	it := s.history.order.Root().Iterator()
-	for _, key, ok := it.Next(); ok; _, key, ok = it.Next() {
+	for _, key := range s.history.order.all() {
 		revision, _ := s.history.find(key)
 		e.frame(frameKey, append(binary.AppendUvarint(nil, revision), key...))
+	}
+}
+
+func (s *State) writeParts(e *snapshotWriter) {
+	for _, p := range s.parts {
+		b := binary.AppendUvarint(nil, uint64(p.Format))
+		b = binary.AppendUvarint(b, uint64(p.Count))
+		b = binary.AppendUvarint(b, uint64(p.Total))
+		b = binary.AppendVarint(b, p.touched)
+		b = append(b, p.Sum[:]...)
+		e.frame(frameParts, append(b, p.ID...))
+		for i, data := range p.data {
+			if data != nil {
+				index := binary.AppendUvarint(nil, uint64(i))
+				e.frame(framePart, index, data)
+			}
+		}
 	}
 }
 
@@ -112,26 +151,37 @@ type snapshotWriter struct {
 	err error
 }
 
-func (e *snapshotWriter) write(b []byte) {
-	if e.err != nil {
-		return
+// Write implements io.Writer; the error is kept for later.
+func (e *snapshotWriter) Write(b []byte) (int, error) {
+	if e.err == nil {
+		e.sum.Write(b)
+		var n int
+		n, e.err = e.w.Write(b)
+		e.n += int64(n)
 	}
-	e.sum.Write(b)
-	n, err := e.w.Write(b)
-	e.n, e.err = e.n+int64(n), err
+	return len(b), nil
 }
 
-func (e *snapshotWriter) frame(kind byte, payload []byte) {
-	head := binary.AppendUvarint([]byte{kind}, uint64(len(payload)))
-	e.write(head)
-	e.write(payload)
+func (e *snapshotWriter) frame(kind byte, payload ...[]byte) {
+	size := 0
+	for _, b := range payload {
+		size += len(b)
+	}
+	e.Write(binary.AppendUvarint([]byte{kind}, uint64(size)))
+	for _, b := range payload {
+		e.Write(b)
+	}
 }
 
 // Read reads a state that WriteTo wrote, from its first to its last byte. Beside
 // the state it needs memory for one object at a time. Its errors match [ErrCorrupt]
 // unless r fails.
-func Read(r io.Reader) (*State, error) {
-	d := &snapshotReader{r: bufio.NewReaderSize(r, 64<<10), sum: sha256.New(), s: New()}
+func Read(r io.Reader) (*State, error) { return ReadFormat(r, command.Newest) }
+
+// ReadFormat is Read for snapshots of versions up to newest: with an older one, tests
+// pretend to be the version before this one.
+func ReadFormat(r io.Reader, newest int) (*State, error) {
+	d := &snapshotReader{r: bufio.NewReaderSize(r, 64<<10), sum: sha256.New(), newest: newest, draft: newDraft(New(), 0, 0)}
 	s, err := d.read()
 	if err != nil {
 		return nil, fmt.Errorf("read snapshot: %w", err)
@@ -143,8 +193,9 @@ type snapshotReader struct {
 	r   *bufio.Reader
 	sum hash.Hash
 	buf bytes.Buffer
-	s   *State
 
+	newest    int
+	version   int
 	draft     *draft
 	sawHeader bool
 	keys      uint64 // sequence number after the last key
@@ -155,15 +206,20 @@ func corrupt(format string, args ...any) error {
 }
 
 func (d *snapshotReader) read() (*State, error) {
-	magic := make([]byte, len(snapshotMagic))
+	magic := make([]byte, magicSize)
 	if _, err := io.ReadFull(d.r, magic); err != nil {
 		return nil, cut(err)
 	}
-	if string(magic) != snapshotMagic {
-		return nil, corrupt("begins with %.20q, this version of decree reads %q", magic, snapshotMagic)
+	for v := command.Oldest; v <= d.newest; v++ {
+		if string(magic) == fmt.Sprintf(snapshotMagic, v) {
+			d.version = v
+		}
+	}
+	if d.version == 0 {
+		return nil, corrupt("begins with %.20q, this version of decree reads %q to %q: if it is of a newer version, upgrade this server to it",
+			magic, fmt.Sprintf(snapshotMagic, command.Oldest), fmt.Sprintf(snapshotMagic, d.newest))
 	}
 	d.sum.Write(magic)
-	d.draft = newDraft(d.s, 0, &command.Txn{})
 	for {
 		want := d.sum.Sum(nil)
 		kind, payload, err := d.frame()
@@ -224,16 +280,18 @@ func (d *snapshotReader) take(kind byte, payload []byte) error {
 		if err := CheckBootstrap(b); err != nil {
 			return corrupt("%w", err)
 		}
+		if b.Restored != nil && d.version < 2 {
+			return corrupt("a restored cluster in version %d", d.version)
+		}
 		d.draft.next.settings = b
 	case frameSource:
 		sequence, n := binary.Uvarint(payload)
 		if n <= 0 {
 			return corrupt("source frame")
 		}
-		record, _ := d.draft.next.sources.Get(payload[n:])
+		record, _ := d.draft.next.sources.get(string(payload[n:]))
 		record.sequence = sequence
-		name := bytes.Clone(payload[n:])
-		d.draft.next.sources, _, _ = d.draft.next.sources.Insert(name, record)
+		d.draft.next.sources.set(d.draft.edit, string(payload[n:]), record)
 	case frameObject:
 		return d.object(payload)
 	case frameKey:
@@ -244,7 +302,11 @@ func (d *snapshotReader) take(kind byte, payload []byte) error {
 		if _, twice := d.draft.next.history.find(string(payload[n:])); twice {
 			return corrupt("a transaction key occurs twice")
 		}
-		d.draft.next.history = d.draft.next.history.add(string(payload[n:]), revision)
+		d.draft.next.history.add(d.draft.edit, string(payload[n:]), revision)
+	case frameParts:
+		return d.parts(payload)
+	case framePart:
+		return d.part(payload)
 	default:
 		return corrupt("frame %d is not known", kind)
 	}
@@ -284,19 +346,23 @@ func (d *snapshotReader) object(payload []byte) error {
 		return corrupt("objects come before the cluster's settings")
 	}
 	key := api.KeyOf(o)
-	if _, twice := d.draft.get(key); twice {
+	at := slotOf(key)
+	if command.FormatOfKind(key.Resource) > d.version {
+		return corrupt("%s in version %d", key, d.version)
+	}
+	if _, twice := d.draft.get(at); twice {
 		return corrupt("%s occurs twice", key)
 	}
-	d.draft.table(key.Resource).Insert(tableKey(key.Namespace, key.Name), o)
-	d.draft.index(key, nil, o)
+	d.draft.next.tables[at.kind.index].set(d.draft.edit, at.at, o)
+	d.draft.reindex(key, nil, o)
 	switch o := o.(type) {
 	case *corev1.Service:
 		if n, ok := serviceNumber(b, o); ok {
-			d.draft.next.services = d.draft.next.services.take(n, holderOf(key))
+			d.draft.next.services.take(d.draft.edit, n, holderOf(key))
 		}
 	case *corev1.Node:
 		if n, ok := nodeNumber(b, o); ok {
-			d.draft.next.nodes = d.draft.next.nodes.take(n, holderOf(key))
+			d.draft.next.nodes.take(d.draft.edit, n, holderOf(key))
 		}
 	}
 	return nil
@@ -317,15 +383,11 @@ func (d *snapshotReader) end(want, got []byte) (*State, error) {
 	if next.history.next != d.keys {
 		return nil, corrupt("transaction keys are missing")
 	}
-	tables := append([]*table(nil), d.s.tables...)
-	for i, t := range d.draft.tables {
-		if t != nil {
-			tables[i] = t.CommitOnly()
+	for _, p := range next.parts {
+		if p.have == 0 || p.have == p.Count {
+			return nil, corrupt("%d parts of %d of a transaction", p.have, p.Count)
 		}
 	}
-	next.tables = tables
-	if d.draft.owned != nil {
-		next.owned = d.draft.owned.CommitOnly()
-	}
-	return next, nil
+	d.draft.changed = true
+	return d.draft.state(), nil
 }

@@ -11,11 +11,10 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
-	"fmt"
 	"iter"
+	"strings"
 	"time"
 
-	iradix "github.com/hashicorp/go-immutable-radix/v2"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -32,17 +31,18 @@ type State struct {
 	revision uint64
 	time     int64 // milliseconds since 1970, the newest time seen
 
-	tables []*table // by kindIndex
-	owned  *table   // by uid of the controller, then key
+	tables []table // by kindInfo.index
+	owned  table   // by uid of the controller, then key
 
 	services pool // offset in the service range -> service
 	nodes    pool // number of the node's pod range -> node
 
-	sources *iradix.Tree[source] // by name of the Source
+	sources tree[string, source] // by name of the Source
 	history history
+	parts   []*parts // in the order in which they were begun
 }
 
-type table = iradix.Tree[api.Object]
+type table = tree[string, api.Object]
 
 // source is what the state machine remembers about a Source beside its object; it
 // outlives the object, so that names of Revisions are never used twice.
@@ -53,31 +53,9 @@ type source struct {
 
 var _ api.Reader = (*State)(nil)
 
-// kindIndex gives every resource its place in State.tables.
-var kindIndex = func() map[api.Resource]int {
-	m := make(map[api.Resource]int)
-	for i, k := range api.Kinds() {
-		m[k.Resource] = i
-	}
-	return m
-}()
-
 // New returns the state of a cluster before its first transaction: it accepts
 // nothing but a Txn with Bootstrap.
-func New() *State {
-	s := &State{
-		tables:   make([]*table, len(kindIndex)),
-		owned:    iradix.New[api.Object](),
-		services: newPool(),
-		nodes:    newPool(),
-		sources:  iradix.New[source](),
-		history:  newHistory(),
-	}
-	for i := range s.tables {
-		s.tables[i] = iradix.New[api.Object]()
-	}
-	return s
-}
+func New() *State { return &State{tables: make([]table, len(kinds))} }
 
 // Settings returns what the cluster was born with, nil before that. It must not be
 // modified.
@@ -100,46 +78,42 @@ func (s *State) Time() time.Time {
 
 // Len is how many objects of a resource there are; zero for an unknown one.
 func (s *State) Len(r api.Resource) int {
-	if i, ok := kindIndex[r]; ok {
-		return s.tables[i].Len()
+	if k, ok := kinds[r]; ok {
+		return s.tables[k.index].Len()
 	}
 	return 0
 }
 
 // Get implements [api.Reader].
 func (s *State) Get(k api.Key) (api.Object, bool) {
-	i, ok := kindIndex[k.Resource]
+	kind, ok := kinds[k.Resource]
 	if !ok {
 		return nil, false
 	}
-	return s.tables[i].Get(tableKey(k.Namespace, k.Name))
+	return s.tables[kind.index].get(tableKey(k.Namespace, k.Name))
 }
 
 // List implements [api.Reader].
 func (s *State) List(r api.Resource, namespace string) iter.Seq[api.Object] {
-	i, ok := kindIndex[r]
+	kind, ok := kinds[r]
 	if !ok {
 		return func(func(api.Object) bool) {}
 	}
 	if namespace == "" {
-		return scan(s.tables[i], nil)
+		return scan(s.tables[kind.index], "")
 	}
-	return scan(s.tables[i], tableKey(namespace, ""))
+	return scan(s.tables[kind.index], tableKey(namespace, ""))
 }
 
 // Owned implements [api.Reader]: ordered by resource, namespace, name.
 func (s *State) Owned(uid types.UID) iter.Seq[api.Object] {
-	return scan(s.owned, append([]byte(uid), 0))
+	return scan(s.owned, string(uid)+"\x00")
 }
 
-func scan(t *table, prefix []byte) iter.Seq[api.Object] {
+func scan(t table, prefix string) iter.Seq[api.Object] {
 	return func(yield func(api.Object) bool) {
-		it := t.Root().Iterator()
-		if len(prefix) > 0 {
-			it.SeekPrefix(prefix)
-		}
-		for _, o, ok := it.Next(); ok; _, o, ok = it.Next() {
-			if !yield(o) {
+		for key, o := range t.from(prefix) {
+			if !strings.HasPrefix(key, prefix) || !yield(o) {
 				return
 			}
 		}
@@ -147,28 +121,26 @@ func scan(t *table, prefix []byte) iter.Seq[api.Object] {
 }
 
 // tableKey sorts by namespace, then name: no name contains a zero byte.
-func tableKey(namespace, name string) []byte {
-	b := make([]byte, 0, len(namespace)+1+len(name))
-	b = append(append(b, namespace...), 0)
-	return append(b, name...)
-}
+func tableKey(namespace, name string) string { return namespace + "\x00" + name }
 
-func ownedKey(uid types.UID, k api.Key) []byte {
-	b := make([]byte, 0, len(uid)+len(k.Resource)+len(k.Namespace)+len(k.Name)+3)
-	b = append(append(b, uid...), 0)
-	b = append(append(b, k.Resource...), 0)
-	b = append(append(b, k.Namespace...), 0)
-	return append(b, k.Name...)
+func ownedKey(uid types.UID, k api.Key) string {
+	return string(uid) + "\x00" + string(k.Resource) + "\x00" + k.Namespace + "\x00" + k.Name
 }
 
 // newUID derives the identity of the object that is created at a revision: a UUID
 // of version 8 (RFC 9562) from a hash of cluster id and revision.
 func newUID(clusterID string, revision uint64) types.UID {
-	h := sha256.Sum256(binary.BigEndian.AppendUint64([]byte("uid\x00"+clusterID+"\x00"), revision))
+	in := make([]byte, 0, 64) // on the stack
+	in = append(append(append(in, "uid\x00"...), clusterID...), 0)
+	h := sha256.Sum256(binary.BigEndian.AppendUint64(in, revision))
 	h[6] = h[6]&0x0f | 0x80
 	h[8] = h[8]&0x3f | 0x80
-	x := hex.EncodeToString(h[:16])
-	return types.UID(fmt.Sprintf("%s-%s-%s-%s-%s", x[:8], x[8:12], x[12:16], x[16:20], x[20:]))
+	out := hex.AppendEncode(make([]byte, 0, 36), h[:4])
+	for i := 4; i < 10; i += 2 {
+		out = hex.AppendEncode(append(out, '-'), h[i:i+2])
+	}
+	out = hex.AppendEncode(append(out, '-'), h[10:16])
+	return types.UID(out)
 }
 
 // seconds is how objects carry time: whole seconds, as JSON does.

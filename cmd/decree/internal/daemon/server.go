@@ -147,7 +147,7 @@ func (s *server) self() membership.Self {
 		ID:         s.id,
 		ServerSpec: api.ServerSpec{Node: s.cfg.Node, Address: s.cfg.Advertise, Site: s.cfg.Site, NonVoter: s.cfg.NonVoter},
 		ServerStatus: api.ServerStatus{
-			Version: s.cfg.Version, Format: command.Version, Issuer: s.creds.keeper.Issuer(),
+			Version: s.cfg.Version, Format: command.Newest, Issuer: s.creds.keeper.Issuer(),
 		},
 	}
 }

@@ -1,0 +1,98 @@
+package command
+
+import (
+	"errors"
+	"fmt"
+
+	"decree.dev/decree/schemas/api"
+)
+
+// The formats of log entries. A format is written once every server of the cluster
+// reads it (Server.status.format); until then nobody can write what needs it.
+const (
+	Oldest = 1 // read as long as a log or a snapshot may hold it
+	Newest = 2 // parts of large transactions, and the kinds of the control plane
+)
+
+// since is the format that brought a kind to the log, for those that were not there
+// from the start: an older version does not know them.
+var since = map[api.Resource]int{
+	api.Servers:     2,
+	api.Authorities: 2,
+	api.JoinTokens:  2,
+	api.Machines:    2,
+}
+
+// FormatOfKind is the oldest format in which objects of a resource can be written.
+func FormatOfKind(r api.Resource) int { return max(Oldest, since[r]) }
+
+// FormatOf is the oldest format in which t can be written.
+func FormatOf(t *Txn) int {
+	format := Oldest
+	if t.Part != nil {
+		format = max(2, t.Part.Format)
+	}
+	if t.Bootstrap != nil && t.Bootstrap.Restored != nil || newKinds(t.Mutations) {
+		format = max(format, 2)
+	}
+	return format
+}
+
+func newKinds(ms []api.Mutation) bool {
+	for i := range ms {
+		m := &ms[i]
+		if since[m.Key.Resource] > 1 || m.Object != nil && since[api.KindOf(m.Object).Resource] > 1 {
+			return true
+		}
+	}
+	return false
+}
+
+// formatOfEncoded is FormatOf for what EncodeTxn wrote.
+func formatOfEncoded(b []byte) (int, error) {
+	r := reader{b: b, format: Newest}
+	var t Txn
+	flags := r.txnHead(&t, &t)
+	format := Oldest
+	if flags&^knownFlags1 != 0 {
+		format = 2
+	}
+	if flags&hasPart != 0 {
+		format = max(format, r.small())
+	}
+	return format, r.err
+}
+
+// ErrFormat is matched by the errors about a transaction that the cluster's servers
+// could not all read. Nothing was written.
+var ErrFormat = errors.New("not every server understands this yet")
+
+// FormatError says which format a transaction needs. It matches [ErrFormat].
+type FormatError struct {
+	Need int // the format that the transaction needs
+	Have int // the newest that every server reads
+}
+
+// Error implements error.
+func (e *FormatError) Error() string {
+	return fmt.Sprintf("this needs log format %d, and not every server of the cluster understands more than format %d: upgrade all servers first (`decree members` shows their versions)", e.Need, e.Have)
+}
+
+// Is makes errors.Is(err, ErrFormat) hold.
+func (e *FormatError) Is(target error) bool { return target == ErrFormat }
+
+// VersionError says that an entry was written by a version of Decree that this one
+// does not understand. Such an entry stops the server; it is never skipped.
+type VersionError struct {
+	Got int // the format of the entry
+	Max int // the newest that is understood here
+}
+
+// Error implements error.
+func (e *VersionError) Error() string {
+	if e.Got < Oldest {
+		return fmt.Sprintf("log format %d is too old, this version of decree understands formats %d to %d: run the version that wrote it, let it take a snapshot, then upgrade", e.Got, Oldest, e.Max)
+	}
+	return fmt.Sprintf("log format %d is not known, this version of decree understands formats %d to %d: upgrade this server to the version that wrote it "+
+		"(a downgrade cannot undo what was written since; to go back, restore a backup from before the upgrade)", e.Got, Oldest, e.Max)
+}
