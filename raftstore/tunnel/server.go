@@ -141,6 +141,8 @@ func (s *Server) Exec(ctx context.Context, node string, pod *corev1.Pod, e apise
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	input, feed := io.Pipe()
+	// HTTP/2 does not look at ctx while it waits for more of a body.
+	defer context.AfterFunc(ctx, func() { feed.CloseWithError(context.Cause(ctx)) })()
 	defer feed.Close()
 	up := &frameWriter{w: feed}
 	resp, err := s.ask(ctx, node, execPath, request{Namespace: pod.Namespace, Pod: pod.Name, UID: string(pod.UID), Exec: &execRequest{
