@@ -152,6 +152,13 @@ func drawTxn(t *rapid.T) command.Txn {
 			PodCIDR: netip.MustParsePrefix("fd00::/48"), NodeMask: 64, DNS: netip.MustParseAddr("10.97.0.10"),
 		}
 	}
+	if tx.Bootstrap != nil && rapid.Bool().Draw(t, "restored") {
+		tx.Bootstrap.Restored = &command.Restored{ClusterID: name.Draw(t, "old"), Revision: rapid.Uint64().Draw(t, "revision"), Time: rapid.Int64().Draw(t, "when")}
+	}
+	if rapid.IntRange(0, 3).Draw(t, "part") == 0 {
+		data := rapid.SliceOfN(rapid.Byte(), 1, 50).Draw(t, "data")
+		tx.Part = &command.Part{ID: "id", Index: 1, Count: 3, Total: int64(len(data)) + 5, Sum: [32]byte{1, 2}, Format: rapid.IntRange(1, 2).Draw(t, "format"), Data: data}
+	}
 	for range rapid.IntRange(0, 3).Draw(t, "n") {
 		m := api.Mutation{
 			Verb: api.Verb(rapid.Byte().Draw(t, "verb")), Revision: rapid.Uint64().Draw(t, "rv"), UID: types.UID(name.Draw(t, "uid")),
@@ -301,6 +308,7 @@ func FuzzDecodeEntry(f *testing.F) {
 	f.Add(empty)
 	f.Add([]byte{})
 	f.Add([]byte{2, 1, 0})
+	f.Add(entryV2(f))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		txns, err := command.DecodeEntry(data)
 		if err != nil {

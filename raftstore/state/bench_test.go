@@ -71,3 +71,42 @@ func benchmarkReduce(b *testing.B, s *state.State, verb api.Verb, n int) {
 		s = reduceAll(b, s, uint64(i), all[i:min(i+n, b.N)])
 	}
 }
+
+// BenchmarkApply is all that a server does for a transaction that is committed:
+// decoding its entry and reducing it. The transaction is the operation.
+func BenchmarkApply(b *testing.B) {
+	base := loaded(b)
+	for _, n := range []int{1, 64, 256} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			entries := make([][]byte, (b.N+n-1)/n)
+			for i := range entries {
+				entries[i] = encode(b, puts(api.Update, n, func(int) int { return rand.IntN(100_000) }))
+			}
+			s := base
+			b.ReportAllocs()
+			b.ResetTimer()
+			for i, entry := range entries {
+				txns, err := command.DecodeEntry(entry)
+				if err != nil {
+					b.Fatal(err)
+				}
+				s = reduceAll(b, s, uint64(i), txns)
+			}
+		})
+	}
+}
+
+func encode(b *testing.B, txns []command.Txn) []byte {
+	parts := make([][]byte, len(txns))
+	for i := range txns {
+		var err error
+		if parts[i], err = command.EncodeTxn(&txns[i]); err != nil {
+			b.Fatal(err)
+		}
+	}
+	entry, err := command.EncodeEntry(command.Newest, parts...)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return entry
+}

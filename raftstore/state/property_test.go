@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"strconv"
 	"testing"
 	"testing/iotest"
@@ -42,7 +43,30 @@ func drawTxn(t *rapid.T, s *state.State) command.Txn {
 	for range rapid.IntRange(0, 4).Draw(t, "n") {
 		tx.Mutations = append(tx.Mutations, drawMutation(t, s, source))
 	}
+	if rapid.Bool().Draw(t, "server") {
+		tx.Actor = "server/a" // who may write what else is refused
+	}
 	return tx
+}
+
+// drawParts draws a transaction and cuts it into parts: out of order, some twice, and
+// some of them missing.
+func drawParts(t *rapid.T, s *state.State) []command.Txn {
+	whole := drawTxn(t, s)
+	data, err := command.EncodeTxn(&whole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	txns, err := command.Split(data, max(1, len(data)/rapid.IntRange(1, 5).Draw(t, "parts")))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range txns {
+		txns[i].Time = rapid.Int64Range(0, 1<<41).Draw(t, "time")
+		txns[i].Actor = "user/x"
+	}
+	txns = rapid.Permutation(append(txns, txns[0])).Draw(t, "order")
+	return txns[rapid.SampledFrom([]int{0, 0, 0, 1}).Draw(t, "lost"):]
 }
 
 func drawMutation(t *rapid.T, s *state.State, source string) api.Mutation {
@@ -64,7 +88,7 @@ func drawMutation(t *rapid.T, s *state.State, source string) api.Mutation {
 
 func drawObject(t *rapid.T, name string) api.Object {
 	value := rapid.SampledFrom([]string{"", "x", "y"}).Draw(t, "value")
-	switch rapid.IntRange(0, 5).Draw(t, "kind") {
+	switch rapid.IntRange(0, 6).Draw(t, "kind") {
 	case 0:
 		o := pod(name, rapid.SampledFrom([]string{"", "a", "b"}).Draw(t, "node"))
 		o.Status.Message = value
@@ -88,6 +112,10 @@ func drawObject(t *rapid.T, name string) api.Object {
 		o := sourceObject("s" + name[1:])
 		o.Spec.Path = value
 		return o
+	case 4:
+		o := &api.Server{Spec: api.ServerSpec{Address: value}}
+		meta(o, name)
+		return o
 	}
 	return configMap(name, value)
 }
@@ -100,11 +128,20 @@ func TestReduceProperties(t *testing.T) {
 		log := []command.Txn{{Bootstrap: bootstrap()}}
 		steps := rapid.IntRange(1, 40).Draw(t, "steps")
 		half := s
+		var waiting []command.Txn // parts
 		for i := range steps {
-			tx := drawTxn(t, s)
+			if rapid.IntRange(0, 7).Draw(t, "split") == 0 {
+				waiting = append(waiting, drawParts(t, s)...)
+			}
+			var tx command.Txn
+			if len(waiting) > 0 && rapid.Bool().Draw(t, "part") {
+				tx, waiting = waiting[0], waiting[1:]
+			} else {
+				tx = drawTxn(t, s)
+			}
 			log = append(log, tx)
 			next, r, events := state.Reduce(s, uint64(i+2), tx)
-			checkStep(t, s, next, r, events)
+			checkStep(t, s, next, r, events, tx.Part != nil)
 			checkTables(t, next)
 			s = next
 			if i == steps/2 {
@@ -112,15 +149,23 @@ func TestReduceProperties(t *testing.T) {
 			}
 		}
 		checkReplay(t, log, s)
+		checkEntries(t, log)
 		checkRestored(t, half, s, log[steps/2+2:], uint64(steps/2+3))
 	})
 }
 
 // checkStep: a rejection changes nothing, revisions have no gap, and events are the
-// exact difference.
-func checkStep(t *rapid.T, before, after *state.State, r command.Result, events []state.Event) {
-	if r.Rejected != nil && (before != after || len(events) > 0 || before.Hash() != after.Hash()) {
+// exact difference. Only the last part of a transaction that is rejected changes
+// something: the parts are gone.
+func checkStep(t *rapid.T, before, after *state.State, r command.Result, events []state.Event, part bool) {
+	if r.Rejected != nil && (!part && before != after || len(events) > 0 || before == after && before.Hash() != after.Hash()) {
 		t.Fatalf("rejected, but changed: %v", r.Rejected)
+	}
+	if r.Missing > 0 && (!part || len(events) > 0) {
+		t.Fatalf("%d parts are missing, and there are %d events", r.Missing, len(events))
+	}
+	if n, size := after.Unfinished(); n > state.MaxUnfinishedSets || size > state.MaxUnfinished || (n == 0) != (size == 0) {
+		t.Fatalf("%d transactions with %d bytes are unfinished", n, size)
 	}
 	if after.Revision() != before.Revision()+uint64(len(events)) {
 		t.Fatalf("revision %d after %d and %d events", after.Revision(), before.Revision(), len(events))
@@ -228,6 +273,45 @@ func checkReplay(t *rapid.T, log []command.Txn, want *state.State) {
 	}
 }
 
+// checkEntries: several transactions in one entry do what they do one by one, and
+// leave the state before them alone.
+func checkEntries(t *rapid.T, log []command.Txn) {
+	one, many := state.New(), state.New()
+	for index := uint64(1); len(log) > 0; index++ {
+		n := rapid.IntRange(1, len(log)).Draw(t, "entry")
+		before, hash := many, many.Hash()
+		next, results, events := state.ReduceEntry(many, index, log[:n])
+		if before.Hash() != hash {
+			t.Fatal("ReduceEntry changed its input")
+		}
+		for i, tx := range log[:n] {
+			var want command.Result
+			var wanted []state.Event
+			one, want, wanted = state.Reduce(one, index, tx)
+			if !reflect.DeepEqual(results[i], want) {
+				t.Fatalf("transaction %d of %d: %+v, alone %+v", i, n, results[i], want)
+			}
+			sameEvents(t, events[i], wanted)
+		}
+		many, log = next, log[n:]
+		if one.Hash() != many.Hash() || one.Index() != many.Index() {
+			t.Fatalf("%d transactions in one entry lead elsewhere than one by one", n)
+		}
+		checkTables(t, many)
+	}
+}
+
+func sameEvents(t *rapid.T, got, want []state.Event) {
+	if len(got) != len(want) {
+		t.Fatalf("%d events, want %d", len(got), len(want))
+	}
+	for i := range want {
+		if got[i].Revision != want[i].Revision || got[i].Key != want[i].Key || !reflect.DeepEqual(got[i].Old, want[i].Old) || !reflect.DeepEqual(got[i].New, want[i].New) {
+			t.Fatalf("event %d is %+v, want %+v", i, got[i], want[i])
+		}
+	}
+}
+
 // checkRestored: a snapshot in the middle changes nothing about what follows.
 func checkRestored(t *rapid.T, half, want *state.State, rest []command.Txn, index uint64) {
 	s := reread(t, half)
@@ -263,6 +347,7 @@ func snapshotBytes(t *testing.T) []byte {
 	keyed := txn(api.Create, node("n"), pod("p", "n"))
 	keyed.Key = "k"
 	w.must(keyed)
+	w.part(split(t, txn(api.Create, configMap("large", "1")), 3)[1])
 	var buf bytes.Buffer
 	if _, err := w.s.WriteTo(&buf); err != nil {
 		t.Fatal(err)

@@ -56,7 +56,7 @@ func (s *State) WriteTo(w io.Writer) (int64, error) {
 	header := binary.AppendUvarint(nil, s.index)
 	header = binary.AppendUvarint(header, s.revision)
 	header = binary.AppendVarint(header, s.time)
-	for _, n := range []uint64{s.services.next, s.nodes.next, s.history.next, uint64(s.history.order.Len())} {
+	for _, n := range []uint64{s.services.next, s.nodes.next, s.history.next, uint64(s.history.size)} {
 		header = binary.AppendUvarint(header, n)
 	}
 	e.frame(frameHeader, header)
@@ -110,8 +110,7 @@ func (s *State) writeObjects(e *snapshotWriter) {
 }
 
 func (s *State) writeHistory(e *snapshotWriter) {
-	for _, key := range s.history.order.all() {
-		revision, _ := s.history.find(key)
+	for key, revision := range s.history.all() {
 		e.frame(frameKey, append(binary.AppendUvarint(nil, revision), key...))
 	}
 }

@@ -36,7 +36,7 @@ type branch[K cmp.Ordered, V any] struct {
 // full is how many entries a node has at most; below low it looks for a neighbour to
 // join.
 const (
-	full = 32
+	full = 24
 	low  = full / 4
 )
 

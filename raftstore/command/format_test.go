@@ -1,0 +1,245 @@
+package command_test
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"net/netip"
+	"os"
+	"strings"
+	"testing"
+
+	apiequality "k8s.io/apimachinery/pkg/api/equality"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"pgregory.net/rapid"
+
+	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/schemas/api"
+)
+
+// update writes testdata of a format that is not released yet.
+var update = flag.Bool("update", false, "write testdata/entry-v2")
+
+func server() *api.Server {
+	s := &api.Server{ObjectMeta: metav1.ObjectMeta{Name: "one"}, Spec: api.ServerSpec{Node: "n1", Address: "10.0.0.1:7443"}}
+	s.SetGroupVersionKind(api.GroupVersion.WithKind("Server"))
+	return s
+}
+
+func create(objects ...api.Object) command.Txn {
+	tx := command.Txn{Actor: "system"}
+	for _, o := range objects {
+		tx.Mutations = append(tx.Mutations, api.Mutation{Verb: api.Create, Key: api.KeyOf(o), Object: o})
+	}
+	return tx
+}
+
+func encoded(t testing.TB, tx command.Txn) []byte {
+	t.Helper()
+	b, err := command.EncodeTxn(&tx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func parts(t testing.TB, tx command.Txn, size int) []command.Txn {
+	t.Helper()
+	txns, err := command.Split(encoded(t, tx), size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return txns
+}
+
+// needs is one transaction for everything that format 1 does not know.
+func needs2(t testing.TB) map[string]command.Txn {
+	out := map[string]command.Txn{
+		"part":           parts(t, create(pod()), 100)[1],
+		"server":         create(pod(), server()),
+		"delete a token": {Mutations: []api.Mutation{{Verb: api.Delete, Key: api.Key{Resource: api.JoinTokens, Name: "x"}}}},
+		"key and object": {Mutations: []api.Mutation{{Verb: api.Create, Key: api.KeyOf(pod()), Object: server()}}},
+		"restored": {Bootstrap: &command.Bootstrap{ClusterID: "c", ServiceCIDR: netip.MustParsePrefix("10.0.0.0/16"),
+			PodCIDR: netip.MustParsePrefix("10.1.0.0/16"), NodeMask: 24, DNS: netip.MustParseAddr("10.0.0.1"), Restored: &command.Restored{ClusterID: "old", Revision: 3, Time: 4}}},
+	}
+	for _, r := range []api.Resource{api.Servers, api.Authorities, api.JoinTokens, api.Machines} {
+		kind, _ := api.KindFor(r)
+		out["kind "+kind.Kind] = create(kind.New())
+	}
+	return out
+}
+
+func TestFormatIsWrittenWhenAllReadIt(t *testing.T) {
+	one := create(pod())
+	if f := command.FormatOf(&one); f != 1 {
+		t.Fatalf("a pod needs format %d", f)
+	}
+	for name, two := range needs2(t) {
+		t.Run(name, func(t *testing.T) {
+			if f := command.FormatOf(&two); f != 2 {
+				t.Fatalf("needs format %d", f)
+			}
+			_, err := command.EncodeEntry(1, encoded(t, one), encoded(t, two))
+			var format *command.FormatError
+			if !errors.Is(err, command.ErrFormat) || !errors.As(err, &format) || format.Need != 2 || format.Have != 1 || !strings.Contains(err.Error(), "upgrade all servers first") {
+				t.Fatalf("got %v", err)
+			}
+			entry, err := command.EncodeEntry(2, encoded(t, one), encoded(t, two))
+			if err != nil || entry[0] != 2 {
+				t.Fatalf("format %d, %v", entry[0], err)
+			}
+			if _, err := command.DecodeEntry(entry); err != nil {
+				t.Fatal(err)
+			}
+			var version *command.VersionError
+			if _, err := (command.Decoder{Max: 1}).Entry(entry); !errors.As(err, &version) || version.Got != 2 || version.Max != 1 {
+				t.Fatalf("the version before: %v", err)
+			}
+			// An encoder that is wrong about the format is found out by everybody.
+			entry[0] = 1
+			for _, d := range []command.Decoder{{}, {Max: 1}} {
+				if _, err := d.Entry(entry); !errors.Is(err, command.ErrMalformed) {
+					t.Fatalf("as format 1: %v", err)
+				}
+			}
+		})
+	}
+	entry, err := command.EncodeEntry(2, encoded(t, one))
+	if err != nil || entry[0] != 1 {
+		t.Fatalf("what needs format 1 was written as %d, %v", entry[0], err)
+	}
+	if _, err := (command.Decoder{Max: 1}).Entry(entry); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestEveryKindHasItsFormat fails when a kind is new: an older server cannot read it,
+// so that it needs a new format.
+func TestEveryKindHasItsFormat(t *testing.T) {
+	byFormat := map[int]string{}
+	for _, k := range api.Kinds() {
+		byFormat[command.FormatOfKind(k.Resource)] += k.Kind + " "
+	}
+	if byFormat[1] != "Namespace Node Pod Service ConfigMap Secret Event Deployment ReplicaSet EndpointSlice Source Revision " || byFormat[2] != "Server Authority JoinToken Machine " || len(byFormat) != 2 {
+		t.Fatalf("got %v", byFormat)
+	}
+}
+
+func TestVersionErrorSaysWhatToDo(t *testing.T) {
+	for got, words := range map[byte][]string{
+		0:                  {"too old", "snapshot", "then upgrade"},
+		command.Newest + 1: {"upgrade this server", "downgrade", "restore a backup"},
+	} {
+		_, err := command.DecodeEntry([]byte{got, 0})
+		for _, word := range words {
+			if err == nil || !strings.Contains(err.Error(), word) {
+				t.Errorf("%v does not say %q", err, word)
+			}
+		}
+	}
+}
+
+func TestSplitAndJoin(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		tx := drawTxn(t)
+		tx.Part = nil
+		data, err := command.EncodeTxn(&tx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		txns, err := command.Split(data, rapid.IntRange(max(1, len(data)/command.MaxParts+1), len(data)).Draw(t, "size"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		pieces := make([][]byte, len(txns))
+		for i, p := range txns {
+			if err := p.Part.Check(); err != nil || p.Part.Index != i || p.Part.Count != len(txns) || p.Part.ID != txns[0].Part.ID {
+				t.Fatalf("part %d: %+v, %v", i, p.Part, err)
+			}
+			pieces[i] = p.Part.Data
+		}
+		p := txns[0].Part
+		got, err := command.Join(pieces, p.Sum, p.Format)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := command.EncodeTxn(got)
+		if err != nil || !bytes.Equal(again, data) || !apiequality.Semantic.DeepEqual(plain(tx), plain(*got)) {
+			t.Fatalf("changed on the way: %+v, was %+v (%v)", got, tx, err)
+		}
+		if !bytes.Equal(bytes.Join(pieces, nil), data) {
+			t.Fatal("Join changed the parts")
+		}
+		last := pieces[len(pieces)-1]
+		if _, err := command.Join(append(pieces[:len(pieces)-1:len(pieces)-1], last[:len(last)-1]), p.Sum, p.Format); !errors.Is(err, command.ErrMalformed) {
+			t.Fatalf("a byte less: %v", err)
+		}
+	})
+}
+
+func TestSplitBounds(t *testing.T) {
+	data := encoded(t, create(pod()))
+	for name, size := range map[string]int{"zero": 0, "too large a part": command.MaxPart + 1} {
+		if _, err := command.Split(data, size); err == nil {
+			t.Errorf("%s: accepted", name)
+		}
+	}
+	if _, err := command.Split(make([]byte, command.MaxParts+1), 1); !errors.Is(err, command.ErrTooLarge) {
+		t.Errorf("too many parts: %v", err)
+	}
+	if _, err := command.Split([]byte{255}, 1); !errors.Is(err, command.ErrMalformed) {
+		t.Errorf("no transaction: %v", err)
+	}
+	// More than an entry holds can be encoded, and goes in parts only.
+	big := command.Txn{}
+	for range 5 {
+		p := pod()
+		p.Annotations = map[string]string{"a": strings.Repeat("x", command.MaxObject-1000)}
+		big.Mutations = append(big.Mutations, create(p).Mutations...)
+	}
+	data = encoded(t, big)
+	if _, err := command.EncodeEntry(command.Newest, data); !errors.Is(err, command.ErrTooLarge) {
+		t.Errorf("one entry: %v", err)
+	}
+	if txns, err := command.Split(data, 1<<20); err != nil || len(txns) != 40 {
+		t.Errorf("%d parts, %v", len(txns), err)
+	}
+}
+
+func entryV2(t testing.TB) []byte {
+	names := []string{"key and object", "part", "restored", "delete a token", "server", "kind Authority", "kind JoinToken", "kind Machine"}
+	var txns [][]byte
+	for _, name := range names {
+		txns = append(txns, encoded(t, needs2(t)[name]))
+	}
+	entry, err := command.EncodeEntry(2, txns...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return entry
+}
+
+// TestFormat2IsStable is TestFormatIsStable for format 2.
+func TestFormat2IsStable(t *testing.T) {
+	if *update {
+		if err := os.WriteFile("testdata/entry-v2", entryV2(t), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entry, err := os.ReadFile("testdata/entry-v2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(entry, entryV2(t)) {
+		t.Fatal("format 2 is written differently now")
+	}
+	for i := range entry {
+		if _, err := command.DecodeEntry(entry[:i]); !errors.Is(err, command.ErrMalformed) {
+			t.Fatalf("cut at %d of %d: %v", i, len(entry), err)
+		}
+	}
+	txns, err := command.DecodeEntry(entry)
+	if err != nil || len(txns) != 8 || txns[1].Part.Index != 1 || txns[2].Bootstrap.Restored.Revision != 3 || txns[4].Mutations[1].Object.GetName() != "one" {
+		t.Fatalf("got %+v, %v", txns, err)
+	}
+}
