@@ -165,7 +165,6 @@ func (c *Client) run(conn *clientConn, address string) {
 // clientConn is one connection with the calls that wait for answers.
 type clientConn struct {
 	out   *outbox
-	slots chan struct{}
 	ready chan struct{} // closed when the handshake is complete
 	ended chan struct{} // closed after the last answer
 

@@ -16,12 +16,11 @@ const writeTimeout = 10 * time.Second
 // outbox gathers frames while earlier ones are being written, so that many small ones
 // share a TLS record and a system call.
 type outbox struct {
-	mu     sync.Mutex
-	buf    []byte
-	spare  []byte
-	err    error
-	wake   chan struct{} // capacity 1: buf is not empty, or err is set
-	closed bool
+	mu    sync.Mutex
+	buf   []byte
+	spare []byte
+	err   error
+	wake  chan struct{} // capacity 1: buf is not empty, or err is set
 }
 
 func newOutbox() *outbox { return &outbox{wake: make(chan struct{}, 1)} }

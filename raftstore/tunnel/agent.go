@@ -1,5 +1,7 @@
 package tunnel
 
+//lint:file-ignore SA1019 net/http speaks HTTP/2 on connections that it made itself or whose ALPN says so; these are neither.
+
 import (
 	"bufio"
 	"context"

@@ -87,9 +87,7 @@ func agentCredentials(ctx context.Context, cfg *Config) (*pki.Keeper, []string, 
 			return nil, nil, err
 		}
 	}
-	for _, a := range cfg.Join {
-		servers = append(servers, a)
-	}
+	servers = append(servers, cfg.Join...)
 	if len(servers) == 0 {
 		return nil, nil, errors.New("no server is known: --join HOST:PORT names one")
 	}
