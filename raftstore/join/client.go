@@ -193,7 +193,7 @@ func retryAfter(resp *http.Response) time.Duration {
 func refused(resp *http.Response, answer []byte) error {
 	var r refusal
 	if err := json.Unmarshal(answer, &r); err != nil || r.Code == "" {
-		return fmt.Errorf("the server answers %s: is it a decree server, and new enough?", resp.Status)
+		return fmt.Errorf("the server answers %.80q: is it a decree server, and new enough?", resp.Status)
 	}
 	for _, c := range codes {
 		if c.code == r.Code {

@@ -46,6 +46,7 @@ type limiter struct {
 
 	mu      sync.Mutex
 	sources map[string]*rate.Limiter
+	swept   time.Time // when idle sources were last forgotten
 }
 
 func newLimiter(l Limits) *limiter {
@@ -82,17 +83,18 @@ func (l *limiter) source(key string, now time.Time) *rate.Limiter {
 	if s, ok := l.sources[key]; ok {
 		return s
 	}
-	if len(l.sources) >= maxSources {
+	if len(l.sources) >= maxSources && now.Sub(l.swept) >= time.Second { // it costs
+		l.swept = now
 		for k, s := range l.sources {
 			if s.TokensAt(now) >= float64(l.burst) {
 				delete(l.sources, k)
 			}
 		}
-		if len(l.sources) >= maxSources {
-			key = "" // no address
-			if s, ok := l.sources[key]; ok {
-				return s
-			}
+	}
+	if len(l.sources) >= maxSources {
+		key = "" // no address
+		if s, ok := l.sources[key]; ok {
+			return s
 		}
 	}
 	s := rate.NewLimiter(l.each, l.burst)

@@ -27,6 +27,7 @@ const (
 	askTime     = 15 * time.Second // for one server to answer, before the next is asked
 	followEvery = 5 * time.Minute
 	followRetry = 30 * time.Second
+	followSoon  = time.Second // most members change at the same time
 )
 
 // Renew is what [pki.Keeper.Run] needs.
@@ -85,7 +86,10 @@ func (m *Member) Follow(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-event: // what this machine holds has changed: tell the cluster
+		case <-event: // what this machine holds has changed: tell the cluster soon
+			changed = nil
+			timer.Reset(rand.N(min(every, followSoon)))
+			continue
 		case <-timer.C:
 		}
 		changed = m.Keeper.Changed()

@@ -112,7 +112,7 @@ func (s *Server) refuse(w http.ResponseWriter, r *http.Request, operation string
 	}
 	s.log.Log(r.Context(), level, "refused", "operation", operation, "from", r.RemoteAddr, "code", f.code, "err", err)
 	if f.status == http.StatusTooManyRequests || f.status == http.StatusServiceUnavailable {
-		w.Header().Set("Retry-After", "2")
+		w.Header().Set("Retry-After", "1")
 	}
 	writeJSON(w, f.status, refusal{Code: f.code, Error: f.err.Error()})
 }

@@ -31,11 +31,11 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // cluster is servers on loopback that speak mutual TLS.
 type cluster struct {
-	t  *testing.T
+	t  testing.TB
 	ca *pki.Authority
 }
 
-func newCluster(t *testing.T) *cluster {
+func newCluster(t testing.TB) *cluster {
 	ca, err := pki.Open(t.TempDir(), time.Now())
 	if err != nil {
 		t.Fatal(err)
@@ -64,7 +64,7 @@ func (c *cluster) config(node string) *tls.Config {
 
 // server is one of them.
 type server struct {
-	t       *testing.T
+	t       testing.TB
 	node    string
 	id      string
 	address string
@@ -187,14 +187,14 @@ func (s *server) join(to ...*server) {
 	}
 }
 
-func deadline(t *testing.T) context.Context {
+func deadline(t testing.TB) context.Context {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	t.Cleanup(cancel)
 	return ctx
 }
 
 // until waits for a condition about the membership.
-func until(t *testing.T, what string, s *server, ok func([]membership.Server) bool) {
+func until(t testing.TB, what string, s *server, ok func([]membership.Server) bool) {
 	t.Helper()
 	ctx := deadline(t)
 	var list []membership.Server
@@ -226,7 +226,7 @@ func configMap(name, value string) *corev1.ConfigMap {
 	return o
 }
 
-func put(t *testing.T, s *server, key, name string) command.Result {
+func put(t testing.TB, s *server, key, name string) command.Result {
 	t.Helper()
 	o := configMap(name, "x")
 	r, err := s.store.Propose(deadline(t), command.Txn{Key: key, Actor: "test", Mutations: []api.Mutation{{Verb: api.Create, Key: api.KeyOf(o), Object: o}}})
@@ -236,7 +236,7 @@ func put(t *testing.T, s *server, key, name string) command.Result {
 	return r
 }
 
-func three(t *testing.T) (*cluster, []*server) {
+func three(t testing.TB) (*cluster, []*server) {
 	c := newCluster(t)
 	a := c.start("a", options{first: true})
 	if err := a.store.WaitReady(deadline(t)); err != nil {

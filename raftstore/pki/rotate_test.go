@@ -124,7 +124,8 @@ func TestPlanRotation(t *testing.T) {
 // member is a process of the cluster in the walk below.
 type member struct {
 	*Keeper
-	request Request
+	request        Request
+	server, client *tls.Config // made once, as a process does
 }
 
 func newMember(t *testing.T, i *Issuer, r Request) *member {
@@ -133,7 +134,7 @@ func newMember(t *testing.T, i *Issuer, r Request) *member {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &member{k, r}
+	m := &member{k, r, k.ServerTLS(), RequireGroup(k.ClientTLS(), GroupServers)}
 	m.renew(t, i)
 	return m
 }
@@ -218,7 +219,7 @@ func TestRotation(t *testing.T) {
 		t.Helper()
 		for _, server := range []*member{s1, s2} {
 			for _, client := range all {
-				if s, c := shake(t, server.ServerTLS(), RequireGroup(client.ClientTLS(), GroupServers)); s != nil || c != nil {
+				if s, c := shake(t, server.server, client.client); s != nil || c != nil {
 					t.Errorf("%s: %s to %s: %v, %v", stage, client.request.Name, server.request.Name, c, s)
 				}
 			}
@@ -262,7 +263,7 @@ func TestRotation(t *testing.T) {
 	if s1.Issuer() != spec.Active || len(s1.cert().Certificate) != 2 {
 		t.Fatalf("issued by %s in a chain of %d", s1.Issuer(), len(s1.cert().Certificate))
 	}
-	if s, c := shake(t, s1.ServerTLS(), rawOld.Clone()); s != nil || c != nil {
+	if s, c := shake(t, s1.server, rawOld); s != nil || c != nil {
 		t.Errorf("a client that knows the old CA only: %v, %v", c, s)
 	}
 	everyone("one server renewed")
@@ -280,7 +281,7 @@ func TestRotation(t *testing.T) {
 	if got := s1.Trusts(); !slices.Equal(got, []string{spec.Active}) {
 		t.Errorf("trusts %v", got)
 	}
-	if s, _ := shake(t, s1.ServerTLS(), stolen.ClientTLS()); s == nil {
+	if s, _ := shake(t, s1.server, stolen.ClientTLS()); s == nil {
 		t.Error("a certificate of the dropped CA is accepted")
 	}
 	advance(StageSteady, false, false)
@@ -369,7 +370,7 @@ func TestNoSessionOutlivesItsIdentity(t *testing.T) {
 		return verify(cs)
 	}
 	for range 3 {
-		if s, c := shake(t, s1.ServerTLS(), client); s != nil || c != nil {
+		if s, c := shake(t, s1.server, client); s != nil || c != nil {
 			t.Fatal(s, c)
 		}
 	}

@@ -52,7 +52,8 @@ type Request struct {
 	Parent string
 	Pusher string // authenticated identity, for the built-in repository
 	// Durable, when not nil, is called once after the plan is good and before the
-	// commit is proposed. If it fails, nothing changes.
+	// commit is proposed; it returns when the commit is on a quorum of servers. If it
+	// fails, nothing changes.
 	Durable func() error
 }
 

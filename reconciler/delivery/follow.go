@@ -195,11 +195,18 @@ func (fl *following) run(ctx context.Context) {
 		case <-fl.wake:
 			asked = true
 		}
-		src, ok := api.Get[*api.Source](fl.Pipeline.Store.View(), "", fl.name)
-		if !ok || src.UID != fl.uid {
+		// Linearizable, because what comes is judged by the commit in force: a server that
+		// has just begun to lead, or that leads no more without knowing, could take an
+		// ordinary commit for a rewind.
+		_, src, err := fl.Pipeline.read(ctx, fl.name)
+		if errors.Is(err, ErrNoSource) || (err == nil && src.UID != fl.uid) {
 			continue // adopt is about to end this
 		}
-		err := fl.poll(ctx, src, asked)
+		if err == nil {
+			err = fl.poll(ctx, src, asked)
+		} else {
+			src = &api.Source{}
+		}
 		if ctx.Err() != nil {
 			return
 		}
@@ -263,7 +270,7 @@ func (fl *following) deliver(ctx context.Context, src *api.Source, fetched *gits
 		return errors.Join(err, fl.report(ctx, out.Generation, fetched.Hash, c))
 	case ctx.Err() != nil:
 		return context.Cause(ctx)
-	case errors.Is(err, ErrSuspended), errors.Is(err, ErrNoSource):
+	case errors.Is(err, ErrSuspended), errors.Is(err, ErrNoSource), errors.Is(err, ErrSuperseded):
 		return nil // it has just changed, and the next poll says so
 	case err != nil:
 		return errors.Join(err, fl.report(ctx, src.Generation, fetched.Hash, notReady(ReasonDeliveryError, err.Error())))

@@ -76,15 +76,18 @@ type trail struct {
 	stop     func()
 }
 
-func (w *world) follow() *trail {
+func (w *world) follow() *trail { return w.lead("mirror", w.pipeline) }
+
+// lead follows as a leader does whose mirror is in the folder called mirror.
+func (w *world) lead(mirrorDir string, p *delivery.Pipeline) *trail {
 	w.t.Helper()
 	log := slog.New(slog.NewTextHandler(w.log, nil))
-	mirror, err := gitsource.NewMirror(gitsource.MirrorConfig{Dir: filepath.Join(w.dir, "mirror"), Logger: log})
+	mirror, err := gitsource.NewMirror(gitsource.MirrorConfig{Dir: filepath.Join(w.dir, mirrorDir), Logger: log})
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	f := &trail{world: w, fetcher: &counted{Fetcher: mirror, polled: make(chan struct{}, 1)}}
-	f.follower = &delivery.Follower{Pipeline: w.pipeline, Fetcher: f.fetcher, Log: log}
+	f.follower = &delivery.Follower{Pipeline: p, Fetcher: f.fetcher, Log: log}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- f.follower.Run(ctx) }()

@@ -25,7 +25,10 @@ type Receiver struct {
 	Watch time.Duration
 }
 
-var _ gitsource.Receiver = (*Receiver)(nil)
+var (
+	_ gitsource.Receiver   = (*Receiver)(nil)
+	_ gitsource.References = (*Receiver)(nil)
+)
 
 // Head implements [gitsource.Receiver]: the applied commit of the source.
 func (r *Receiver) Head(ctx context.Context, repository string) (string, error) {

@@ -124,12 +124,24 @@ func (q *nodeQueue) Pop() any {
 // walk visits the commits reachable from start, newest first, each once, until
 // visit returns false.
 func walk(ctx context.Context, r objectReader, start plumbing.Hash, visit func(*node) bool) error {
-	seen := map[plumbing.Hash]bool{start: true}
-	first, err := readNode(r, start)
-	if err != nil {
-		return err
+	return walkAll(ctx, r, []plumbing.Hash{start}, visit)
+}
+
+// walkAll is walk from several commits.
+func walkAll(ctx context.Context, r objectReader, starts []plumbing.Hash, visit func(*node) bool) error {
+	seen := make(map[plumbing.Hash]bool)
+	var queue nodeQueue
+	for _, h := range starts {
+		if seen[h] {
+			continue
+		}
+		seen[h] = true
+		first, err := readNode(r, h)
+		if err != nil {
+			return err
+		}
+		heap.Push(&queue, first)
 	}
-	queue := nodeQueue{first}
 	for len(queue) > 0 {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)

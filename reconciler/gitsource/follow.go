@@ -16,17 +16,12 @@ func (p *push) follow(ctx context.Context, c *packp.Command, inForce func()) err
 	if c.Action() == packp.Delete {
 		return errors.New("main is what is in force and cannot be deleted; push a commit that removes the files instead")
 	}
-	head, err := p.s.head(ctx, p.repo.name)
+	head, lacking, err := p.s.inForce(ctx, p.repo)
 	if err != nil {
 		p.s.log.Error("push", "repository", p.repo.name, "error", err)
 		return err
 	}
-	stored := false
-	if !head.IsZero() {
-		if stored, err = p.repo.objects.has(head); err != nil {
-			return err
-		}
-	}
+	stored := !head.IsZero() && lacking == nil
 	if (stored && c.Old != head) || (!stored && !c.Old.IsZero()) {
 		return fmt.Errorf("fetch first: main is at %s now", short(head))
 	}
@@ -74,7 +69,7 @@ func (p *push) ask(ctx context.Context, what *Push, inForce func()) error {
 		if err := t.accept(); err != nil {
 			return err
 		}
-		return p.q.release()
+		return p.keep(t.ctx, what.New)
 	}
 	err := p.s.cfg.Receiver.Receive(t.ctx, what, durable, p.progress)
 	if t.state() == tenureInForce {
@@ -89,11 +84,27 @@ func (p *push) ask(ctx context.Context, what *Push, inForce func()) error {
 		p.explain(err)
 		return err
 	}
-	if err := p.q.release(); err != nil { // in case the Receiver forgot durable
+	if err := p.keep(t.ctx, what.New); err != nil { // in case the Receiver forgot durable
 		p.s.log.Error("store pushed objects", "repository", what.Repository, "error", err)
 		return err
 	}
 	p.s.log.Info("push in force", "repository", what.Repository, "pusher", what.Pusher, "commit", what.New)
+	return nil
+}
+
+// keep stores the pushed objects here and on other servers. Only the first call does
+// anything.
+func (p *push) keep(ctx context.Context, commit string) error {
+	if p.kept {
+		return nil
+	}
+	if err := p.q.release(); err != nil {
+		return err
+	}
+	if err := p.s.spread(ctx, p.repo, plumbing.NewHash(commit)); err != nil {
+		return err
+	}
+	p.kept = true
 	return nil
 }
 

@@ -60,7 +60,7 @@ func (p *Push) InForce() {
 // The branch that a built-in source follows is not stored in the repository: it is
 // what Head says (the replicated state is the only truth), so a crash at any moment
 // leaves no branch that disagrees with what is in force. Other branches and tags
-// are ordinary refs.
+// are held by References in the same way.
 type Receiver interface {
 	// Head returns the commit in force of a repository, "" before the first one.
 	Head(ctx context.Context, repository string) (string, error)
@@ -69,7 +69,8 @@ type Receiver interface {
 	// "remote:" lines while Receive runs. An error refuses the push and its text is
 	// the reason: all of it in remote: lines, the first line again in Git's own
 	// verdict. Before it brings the commit into force, Receive calls durable,
-	// which moves the objects out of quarantine and syncs them to disk. Calls for one
+	// which moves the objects out of quarantine, syncs them to disk, and waits until
+	// enough Replicas have them. Calls for one
 	// repository do not overlap until InForce.
 	//
 	// ctx ends when the pusher goes away, except between durable and InForce: there

@@ -53,13 +53,18 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusNotFound)
 		return
 	}
-	if s.cfg.Authorize != nil {
+	fromServer := s.cfg.FromServer != nil && s.cfg.FromServer(r)
+	if fromServer && push {
+		http.Error(w, "servers read from each other and never push", http.StatusForbidden)
+		return
+	}
+	if s.cfg.Authorize != nil && !fromServer {
 		if err := s.cfg.Authorize(r, name, push); err != nil {
 			http.Error(w, err.Error(), http.StatusForbidden)
 			return
 		}
 	}
-	s.dispatch(&call{s: s, repo: repo, w: w, r: r, action: action, push: push, identity: identity})
+	s.dispatch(&call{s: s, repo: repo, w: w, r: r, action: action, push: push, identity: identity, fromServer: fromServer})
 }
 
 // call is one HTTP request to one repository.
@@ -71,6 +76,8 @@ type call struct {
 	action   string
 	push     bool
 	identity string
+
+	fromServer bool // another server of the cluster asks
 }
 
 func (s *Server) dispatch(c *call) {
@@ -166,21 +173,15 @@ func (c *call) advertise() {
 
 func (c *call) advertisement() (*packp.AdvRefs, error) {
 	adv := packp.NewAdvRefs()
-	refs, err := c.repo.refs.list()
-	if err != nil {
-		return nil, fmt.Errorf("repository %s: %w", c.repo.name, err)
-	}
-	delete(refs, FollowedRef)
-	head, err := c.s.head(c.r.Context(), c.repo.name)
+	refs, _, err := c.s.table(c.r.Context(), c.repo)
 	if err != nil {
 		return nil, err
 	}
-	stored := false
-	if !head.IsZero() {
-		if stored, err = c.repo.objects.has(head); err != nil {
-			return nil, err
-		}
+	head, lacking, err := c.s.inForce(c.r.Context(), c.repo)
+	if err != nil {
+		return nil, err
 	}
+	stored := !head.IsZero() && lacking == nil
 	if stored {
 		refs[FollowedRef] = head
 	}
@@ -188,8 +189,8 @@ func (c *call) advertisement() (*packp.AdvRefs, error) {
 	if c.push {
 		return adv, setCapabilities(adv.Capabilities, "report-status", "delete-refs", "side-band-64k", "quiet", "atomic", "ofs-delta", "agent="+agent)
 	}
-	if !head.IsZero() && !stored {
-		return nil, fmt.Errorf("commit %s of %s is in force but not stored in %s: restore that folder, or push main again from a clone", head, c.repo.name, c.repo.dir)
+	if lacking != nil {
+		return nil, lacking
 	}
 	if stored {
 		adv.Head = &head

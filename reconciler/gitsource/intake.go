@@ -294,6 +294,7 @@ func (in *intake) checkObject(kind plumbing.ObjectType, h plumbing.Hash, data []
 		var tree plumbing.Hash
 		var parents []plumbing.Hash
 		if tree, parents, err = commitLinks(data); err == nil {
+			in.q.note(h, parents...)
 			for _, l := range append(parents, tree) {
 				if err = in.link(l); err != nil {
 					break
@@ -305,6 +306,7 @@ func (in *intake) checkObject(kind plumbing.ObjectType, h plumbing.Hash, data []
 	case plumbing.TagObject:
 		var target plumbing.Hash
 		if target, _, err = tagLinks(data); err == nil {
+			in.q.note(h, target)
 			err = in.link(target)
 		}
 	}

@@ -29,7 +29,8 @@ type objectReader interface {
 // go-git's storage keeps its index of packs without locks, so every access is
 // serialized here.
 type objectDir struct {
-	dir string
+	dir    string
+	moving sync.Mutex // held while objects are moved in from a quarantine
 
 	mu    sync.Mutex
 	store *filesystem.ObjectStorage // nil until the first read, and after refresh

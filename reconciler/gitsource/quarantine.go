@@ -27,6 +27,7 @@ type quarantine struct {
 	mu       sync.Mutex
 	own      *objectDir // nil after release
 	released bool
+	tops     map[plumbing.Hash][]plumbing.Hash // see note
 }
 
 func newQuarantine(repo string, main *objectDir) (*quarantine, error) {
@@ -41,11 +42,47 @@ func newQuarantine(repo string, main *objectDir) (*quarantine, error) {
 	if err := os.MkdirAll(filepath.Join(dir, "objects", "pack"), 0o700); err != nil {
 		return nil, errors.Join(fmt.Errorf("create quarantine: %w", err), os.RemoveAll(dir))
 	}
-	return &quarantine{dir: dir, repo: repo, main: main, own: newObjectDir(dir)}, nil
+	return &quarantine{dir: dir, repo: repo, main: main, own: newObjectDir(dir), tops: make(map[plumbing.Hash][]plumbing.Hash)}, nil
 }
 
-// removeQuarantines deletes what an earlier process left behind.
+// note remembers a commit or an annotated tag of the quarantine, with the parents or
+// the target it stands on.
+func (q *quarantine) note(h plumbing.Hash, on ...plumbing.Hash) { q.tops[h] = on }
+
+// tips lists the noted commits and tags that nothing noted stands on.
+func (q *quarantine) tips() []plumbing.Hash {
+	below := make(map[plumbing.Hash]bool)
+	for _, on := range q.tops {
+		for _, h := range on {
+			below[h] = true
+		}
+	}
+	var list []plumbing.Hash
+	for h := range q.tops {
+		if !below[h] {
+			list = append(list, h)
+		}
+	}
+	plumbing.HashesSort(list)
+	return list
+}
+
+// removeQuarantines deletes what an earlier process left behind. That process may have
+// ended between moving objects and syncing their folders, so these are synced first:
+// what can be seen is taken to be durable.
 func removeQuarantines(repo string) error {
+	if left, err := os.ReadDir(filepath.Join(repo, incomingDir)); err != nil || len(left) == 0 {
+		return nil
+	}
+	err := filepath.WalkDir(filepath.Join(repo, "objects"), func(path string, d os.DirEntry, err error) error {
+		if err != nil || !d.IsDir() {
+			return err
+		}
+		return syncDir(path)
+	})
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("leftover quarantine: %w", err)
+	}
 	if err := os.RemoveAll(filepath.Join(repo, incomingDir)); err != nil {
 		return fmt.Errorf("remove leftover quarantine: %w", err)
 	}
@@ -138,18 +175,35 @@ func (q *quarantine) writeLoose(kind plumbing.ObjectType, data []byte) (h plumbi
 }
 
 // release moves the objects into the repository and syncs files and folders, so
-// that they survive a power cut. It is idempotent. A crash within it leaves only
-// whole objects that nothing points to.
+// that they survive a power cut. It is idempotent. An object is moved after all that
+// it stands on, which is synced by then: whatever a crash leaves, a commit that is in
+// the repository is there with its history and its files.
 func (q *quarantine) release() error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.released {
 		return nil
 	}
-	files, err := q.files()
+	q.main.moving.Lock()
+	defer q.main.moving.Unlock()
+	steps, err := q.steps()
 	if err != nil {
 		return err
 	}
+	for _, files := range steps {
+		if err := q.move(files); err != nil {
+			return err
+		}
+	}
+	q.main.refresh()
+	q.own.refresh() // closes files
+	q.released = true
+	q.own = nil
+	return nil
+}
+
+// move moves files into the repository and syncs them and their folders.
+func (q *quarantine) move(files []string) error {
 	target := filepath.Join(q.repo, "objects")
 	dirs := map[string]bool{}
 	for _, rel := range files {
@@ -166,18 +220,16 @@ func (q *quarantine) release() error {
 			return err
 		}
 	}
-	q.main.refresh()
-	q.own.refresh() // closes files
-	q.released = true
-	q.own = nil
 	return nil
 }
 
-// files lists what is to be moved: loose objects, then packs, then their indexes,
-// because Git looks for a pack only when it sees the index.
-func (q *quarantine) files() ([]string, error) {
+// steps lists what is to be moved, step by step: files, folders and packs, then the
+// indexes of packs, because Git looks for a pack only when it sees the index, then
+// commits and tags one by one.
+func (q *quarantine) steps() ([][]string, error) {
 	root := filepath.Join(q.dir, "objects")
-	var loose, packs, indexes []string
+	var first, indexes []string
+	tops := map[plumbing.Hash]string{}
 	dirs, err := os.ReadDir(root)
 	if err != nil {
 		return nil, fmt.Errorf("list quarantine: %w", err)
@@ -189,17 +241,36 @@ func (q *quarantine) files() ([]string, error) {
 		}
 		for _, e := range entries {
 			rel := filepath.Join(d.Name(), e.Name())
-			switch {
-			case d.Name() != "pack":
-				loose = append(loose, rel)
-			case strings.HasSuffix(rel, ".pack"):
-				packs = append(packs, rel)
+			h := plumbing.NewHash(d.Name() + e.Name())
+			switch _, top := q.tops[h]; {
+			case top:
+				tops[h] = rel
 			case strings.HasSuffix(rel, ".idx"):
 				indexes = append(indexes, rel)
+			case d.Name() != "pack" || strings.HasSuffix(rel, ".pack"):
+				first = append(first, rel)
 			}
 		}
 	}
-	return append(append(loose, packs...), indexes...), nil
+	steps := [][]string{first, indexes}
+	var add func(h plumbing.Hash)
+	add = func(h plumbing.Hash) {
+		rel, ok := tops[h]
+		if !ok {
+			return
+		}
+		delete(tops, h)
+		for _, on := range q.tops[h] {
+			add(on)
+		}
+		steps = append(steps, []string{rel})
+	}
+	for len(tops) > 0 {
+		for h := range tops {
+			add(h)
+		}
+	}
+	return steps, nil
 }
 
 // moveDurable syncs a file and gives it its final name. A file that is already

@@ -183,6 +183,7 @@ type push struct {
 	q        *quarantine
 
 	othersDone bool
+	kept       bool // see keep
 }
 
 // run takes the pack in and carries out the commands. The error is about the pack;
@@ -286,19 +287,24 @@ func (p *push) execute(ctx context.Context, release func()) {
 			followed = c
 		}
 	}
+	if err := p.tryOthers(ctx); err != nil {
+		p.s.log.Error("push", "repository", p.repo.name, "error", err)
+		p.failAll(err)
+		return
+	}
 	atomic := p.req.has(capability.Atomic)
 	if atomic && p.failed() {
 		p.failAll(errAtomic)
 		return
 	}
 	if followed != nil && p.results[followed.Name] == nil {
-		p.results[followed.Name] = p.follow(ctx, followed, func() { p.updateOthers(); release() })
-		if atomic && p.failed() {
+		err := p.follow(ctx, followed, func() { p.updateOthers(ctx); release() })
+		if p.results[followed.Name] = err; atomic && err != nil {
 			p.failAll(errAtomic)
 			return
 		}
 	}
-	p.updateOthers()
+	p.updateOthers(ctx)
 }
 
 var errAtomic = errors.New("atomic push: another reference was refused")
@@ -329,51 +335,7 @@ func (p *push) check(c *packp.Command) error {
 			return fmt.Errorf("a branch cannot point to a %s", kind)
 		}
 	}
-	if c.Name == FollowedRef {
-		return nil // follow checks the rest
-	}
-	old, err := p.repo.refs.get(c.Name.String())
-	if err != nil {
-		return err
-	}
-	if old != c.Old {
-		return fmt.Errorf("fetch first: it is at %s now", short(old))
-	}
-	if c.Action() == packp.Create {
-		refs, err := p.repo.refs.list()
-		if err != nil {
-			return err
-		}
-		if len(refs) >= p.s.limits.Refs {
-			return limitf("the repository has %d references; delete some", len(refs))
-		}
-	}
-	return nil
-}
-
-// updateOthers carries out the commands on ordinary references that are not
-// refused yet. A second call does nothing.
-func (p *push) updateOthers() {
-	if p.othersDone {
-		return
-	}
-	p.othersDone = true
-	for _, c := range p.req.commands {
-		if c.Name != FollowedRef && p.results[c.Name] == nil {
-			p.results[c.Name] = p.update(c)
-		}
-	}
-}
-
-func (p *push) update(c *packp.Command) error {
-	if c.Action() == packp.Delete {
-		return p.repo.refs.remove(c.Name.String())
-	}
-	if err := p.q.release(); err != nil {
-		p.s.log.Error("store pushed objects", "repository", p.repo.name, "error", err)
-		return errors.New("the server cannot store the push; see its log")
-	}
-	return p.repo.refs.set(c.Name.String(), c.New)
+	return nil // follow and tryOthers check the rest
 }
 
 func short(h plumbing.Hash) string {

@@ -75,19 +75,6 @@ func (r refDir) set(name string, h plumbing.Hash) error {
 	return syncParents(filepath.Dir(path), filepath.Join(r.repo, "refs"))
 }
 
-// remove deletes a reference. One that does not exist is no error.
-func (r refDir) remove(name string) error {
-	path := filepath.Join(r.repo, filepath.FromSlash(name))
-	err := os.Remove(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return fmt.Errorf("delete reference %s: %w", name, err)
-	}
-	return syncDir(filepath.Dir(path))
-}
-
 // writeDurable replaces a file as a whole: after a crash it has the old content or
 // the new one.
 func writeDurable(path string, data []byte) error {

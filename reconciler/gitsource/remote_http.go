@@ -108,7 +108,7 @@ func httpAuth(u *url.URL, a Auth) transport.AuthMethod {
 // boundedTransport bounds what an answer may hold, whatever the server says, and
 // refuses to leave for http.
 type boundedTransport struct {
-	base *http.Transport
+	base http.RoundTripper
 	lim  Limits
 }
 

@@ -79,7 +79,11 @@ func (s *Server) seed(ctx context.Context, repo *repository, tree fs.FS, author,
 	if err != nil {
 		return nil, err
 	}
+	q.note(h)
 	if err := q.release(); err != nil {
+		return nil, err
+	}
+	if err := s.spread(ctx, repo, h); err != nil {
 		return nil, err
 	}
 	return openCommit(repo.objects, h)

@@ -50,8 +50,8 @@ func (s *selection) node(h plumbing.Hash) (*node, error) {
 	return n, err
 }
 
-// checkWants resolves what is wanted to commits. Any stored object may be asked
-// for: all of a repository is open to everybody who may read it.
+// checkWants resolves what is wanted to commits. Whether it may be wanted is checked
+// before.
 func (s *selection) checkWants() error {
 	for _, h := range s.req.wants {
 		for range 10 { // tags of tags
@@ -178,10 +178,18 @@ func (s *selection) objects() ([]plumbing.Hash, error) {
 			return nil, err
 		}
 	}
+	if err := s.extras(); err != nil {
+		return nil, err
+	}
+	return s.list, nil
+}
+
+// extras selects what is wanted beside commits.
+func (s *selection) extras() error {
 	for _, h := range s.extra {
 		kind, _, err := s.r.read(h)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if kind == plumbing.TreeObject {
 			err = s.tree(h, true)
@@ -190,10 +198,10 @@ func (s *selection) objects() ([]plumbing.Hash, error) {
 			s.list = append(s.list, h)
 		}
 		if err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return s.list, nil
+	return nil
 }
 
 // commits walks from what is wanted and from what the client has, newest first. It

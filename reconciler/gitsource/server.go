@@ -33,6 +33,15 @@ type ServerConfig struct {
 	// AllowForce says whether FollowedRef of a repository may be set to a commit that
 	// does not descend from the one in force. When it is nil it may not.
 	AllowForce func(repository string) bool
+	// References holds the tables of references in force. When it is nil, they are kept
+	// in Dir, which is right for a server that is alone.
+	References References
+	// Replicas are the other servers. When it is nil there are none.
+	Replicas Replicas
+	// FromServer says whether a request comes from another server of the cluster: such
+	// a one may read everything that is stored, also what no reference leads to, and
+	// must not push. Authorize is not asked about it. When it is nil no request does.
+	FromServer func(*http.Request) bool
 }
 
 // Server serves built-in repositories over Git's smart HTTP protocol below /git/.
@@ -42,6 +51,10 @@ type Server struct {
 	limits  Limits
 	log     *slog.Logger
 	uploads chan struct{} // one token for each pack in flight
+	// Servers have tokens of their own, one side each: otherwise clients could hold up
+	// replication, and two servers that fetch from each other wait for each other.
+	sends chan struct{}
+	pulls chan struct{}
 
 	mu    sync.Mutex
 	repos map[string]*repository
@@ -54,6 +67,11 @@ type repository struct {
 	objects *objectDir
 	refs    refDir
 	lock    chan struct{} // holds one token; taken by whoever changes the repository
+	pulling chan struct{} // holds one token; taken by whoever pulls from another server
+
+	// partial are the newest commits of a long history of which parts have arrived. It
+	// belongs to the holder of pulling.
+	partial []plumbing.Hash
 }
 
 var repositoryName = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$`)
@@ -77,13 +95,15 @@ func NewServer(cfg ServerConfig) (*Server, error) {
 		cfg.Logger = slog.Default()
 	}
 	s := &Server{cfg: cfg, limits: cfg.Limits.withDefaults(), log: cfg.Logger, repos: make(map[string]*repository)}
-	s.uploads = make(chan struct{}, s.limits.Uploads)
+	for _, tokens := range []*chan struct{}{&s.uploads, &s.sends, &s.pulls} {
+		*tokens = make(chan struct{}, s.limits.Uploads)
+	}
 	entries, err := os.ReadDir(cfg.Dir)
 	if err != nil {
 		return nil, fmt.Errorf("git server: %w", err)
 	}
 	for _, e := range entries {
-		if err := removeQuarantines(filepath.Join(cfg.Dir, e.Name())); e.IsDir() && err != nil {
+		if err := tidy(filepath.Join(cfg.Dir, e.Name())); e.IsDir() && err != nil {
 			return nil, fmt.Errorf("git server: %s: %w", e.Name(), err)
 		}
 	}
@@ -101,6 +121,14 @@ func (s *Server) Init(ctx context.Context, name string) error {
 		return fmt.Errorf("create repository %q: %w", name, err)
 	}
 	return nil
+}
+
+// tidy removes what an interrupted push, pull or import has left.
+func tidy(dir string) error {
+	if strings.HasPrefix(filepath.Base(dir), importPrefix) {
+		return os.RemoveAll(dir)
+	}
+	return removeQuarantines(dir)
 }
 
 // initBare lays out a bare repository that Git's own tools can read. The file that
@@ -150,8 +178,10 @@ func (s *Server) repository(name string) (*repository, error) {
 }
 
 func openRepository(name, dir string) *repository {
-	r := &repository{name: name, dir: dir, objects: newObjectDir(dir), refs: refDir{dir}, lock: make(chan struct{}, 1)}
+	r := &repository{name: name, dir: dir, objects: newObjectDir(dir), refs: refDir{dir},
+		lock: make(chan struct{}, 1), pulling: make(chan struct{}, 1)}
 	r.lock <- struct{}{}
+	r.pulling <- struct{}{}
 	return r
 }
 

@@ -155,6 +155,9 @@ func (c *call) upload(body io.Reader) {
 }
 
 func (c *call) answerFetch(ctx context.Context, req *fetchRequest) error {
+	if err := c.mayWant(ctx, req.wants); err != nil {
+		return c.failFetch(err)
+	}
 	sel := newSelection(ctx, c.repo.objects, req)
 	var head bytes.Buffer
 	out := pktline.NewEncoder(&head)
@@ -168,19 +171,85 @@ func (c *call) answerFetch(ctx context.Context, req *fetchRequest) error {
 		ready, err = negotiate(req, sel, out)
 	}
 	if err != nil {
-		line := &pktline.ErrorLine{Text: "upload-pack: " + oneLine(err)}
-		return errors.Join(err, line.Encode(w))
+		return c.failFetch(err)
 	}
 	if _, err := w.Write(head.Bytes()); err != nil || !ready {
 		return err
 	}
+	tokens := c.s.uploads
+	if c.fromServer {
+		tokens = c.s.sends
+	}
 	select {
-	case c.s.uploads <- struct{}{}:
-		defer func() { <-c.s.uploads }()
+	case tokens <- struct{}{}:
+		defer func() { <-tokens }()
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
 	return c.sendPack(ctx, req, sel, w)
+}
+
+func (c *call) failFetch(err error) error {
+	line := &pktline.ErrorLine{Text: "upload-pack: " + oneLine(err)}
+	return errors.Join(err, line.Encode(&clientWriter{w: c.w}))
+}
+
+// mayWant refuses to hand out objects that no reference leads to: a push that was
+// refused, or a branch that was deleted because of what is in it. Other servers may
+// have everything: they fetch commits before these come into force.
+func (c *call) mayWant(ctx context.Context, wants []plumbing.Hash) error {
+	if c.fromServer {
+		return nil
+	}
+	refs, _, err := c.s.table(ctx, c.repo)
+	if err != nil {
+		return err
+	}
+	head, lacking, err := c.s.inForce(ctx, c.repo)
+	if err != nil || lacking != nil {
+		return errors.Join(lacking, err)
+	}
+	tips := refs.hashes()
+	if !head.IsZero() {
+		tips = append(tips, head)
+	}
+	left := make(map[plumbing.Hash]bool)
+	for _, h := range wants {
+		left[h] = true
+	}
+	for _, h := range tips {
+		delete(left, h)
+	}
+	if len(left) == 0 {
+		return nil
+	}
+	var starts []plumbing.Hash
+	for _, h := range tips {
+		if h, err := commitOf(c.repo.objects, h); err == nil {
+			starts = append(starts, h)
+		}
+	}
+	err = walkAll(ctx, c.repo.objects, starts, func(n *node) bool {
+		delete(left, n.hash)
+		return len(left) > 0
+	})
+	for h := range left {
+		return errors.Join(fmt.Errorf("not our ref %s", h), err)
+	}
+	return err
+}
+
+// selected lists the objects to send. Another server gets only the oldest part of
+// what is much, keeps it, and asks again: neither side can take all of a long history
+// at once.
+func (c *call) selected(sel *selection) ([]plumbing.Hash, error) {
+	if !c.fromServer {
+		return sel.objects()
+	}
+	for part, err := range sel.parts(c.s.limits) {
+		return part, err
+	}
+	return nil, nil
 }
 
 // negotiate answers what the client says it has and reports whether the pack
@@ -234,7 +303,7 @@ func negotiate(req *fetchRequest, sel *selection, out *pktline.Encoder) (ready b
 // sendPack sends the selected objects, one at a time.
 func (c *call) sendPack(ctx context.Context, req *fetchRequest, sel *selection, w io.Writer) error {
 	if !req.caps.Supports(capability.Sideband64k) {
-		list, err := sel.objects()
+		list, err := c.selected(sel)
 		if err != nil {
 			return err
 		}
@@ -242,7 +311,7 @@ func (c *call) sendPack(ctx context.Context, req *fetchRequest, sel *selection, 
 	}
 	say := newBand(c.w, req.caps.Supports(capability.NoProgress))
 	defer say.shut()
-	list, err := sel.objects()
+	list, err := c.selected(sel)
 	if err == nil {
 		fmt.Fprintf(say, "%d objects\n", len(list))
 		err = writePack(ctx, say.Data(), c.repo.objects, list)

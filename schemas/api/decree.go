@@ -56,6 +56,9 @@ type SourceStatus struct {
 	// Fetched is the newest commit seen, Applied the one in force.
 	Fetched string `json:"fetched,omitempty"`
 	Applied string `json:"applied,omitempty"`
+	// References is the table of the references of a built-in repository beside main:
+	// the hash of an object in it. Empty: there are none.
+	References string `json:"references,omitempty"`
 	// AppliedAt is when Applied came into force; FetchedAt when the last good fetch
 	// brought something new, or the first after a failure.
 	AppliedAt *metav1.Time `json:"appliedAt,omitempty"`

@@ -283,3 +283,15 @@ func (w *sheet) revision(r *api.Revision, now time.Time) {
 		w.line("  "+c.Verb, c.Key.String(), orNone(c.File), strings.Join(c.Fields, ", "))
 	}
 }
+
+func (w *sheet) server(s *api.Server, now time.Time) {
+	w.line("Node:", s.Spec.Node)
+	w.line("Address:", s.Spec.Address)
+	w.line("Site:", orNone(s.Spec.Site))
+	w.line("Votes:", strconv.FormatBool(!s.Spec.NonVoter))
+	w.line("Version:", orNone(s.Status.Version))
+	w.line("Log format:", strconv.Itoa(s.Status.Format))
+	w.line("Key epoch:", strconv.FormatInt(s.Status.KeyEpoch, 10))
+	w.line("Issuer:", orNone(s.Status.Issuer))
+	w.optional("Removed:", moment(s.Status.Removed, now))
+}

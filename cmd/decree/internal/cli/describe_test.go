@@ -51,7 +51,7 @@ func TestDescribe(t *testing.T) {
 		}
 		out.WriteString(one.String() + "\n")
 	}
-	for _, k := range api.Kinds() {
+	for _, k := range api.Served() {
 		if !described[k.Resource] {
 			t.Errorf("%s: no text describes it: add one to (*sheet).object, and an object here", k.Kind)
 		}
@@ -116,7 +116,7 @@ func objects() []api.Object {
 		&corev1.Namespace{ObjectMeta: about("", "shop")},
 		&corev1.ConfigMap{ObjectMeta: about("shop", "settings"), Data: map[string]string{"colour": "blue", "lines": "one\n\ttwo\n"}, BinaryData: map[string][]byte{"logo": {1}}},
 		&corev1.Secret{ObjectMeta: about("shop", "login"), Type: "Opaque", Data: map[string][]byte{"password": []byte("hunter2")}},
-		event(), source(), revision(),
+		event(), source(), revision(), server(),
 	}
 }
 
@@ -184,6 +184,14 @@ func source() *api.Source {
 		Suspended:  &api.Suspension{By: "admin", At: begun, Reason: "until noon"},
 		Conditions: []metav1.Condition{{Type: "Ready", Status: "False", LastTransitionTime: begun, Reason: "CompileError", Message: "web.cue:3: wrong"}},
 	}}
+}
+
+func server() *api.Server {
+	return &api.Server{
+		ObjectMeta: about("", "s1-4f2a1c"),
+		Spec:       api.ServerSpec{Node: "s1", Address: "192.0.2.1:7443", Site: "north"},
+		Status:     api.ServerStatus{Version: "1.0", Format: 2, KeyEpoch: 3, Issuer: "4f2a1c", Removed: &begun},
+	}
 }
 
 func revision() *api.Revision {

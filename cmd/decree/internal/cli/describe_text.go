@@ -74,6 +74,8 @@ func (w *sheet) object(o api.Object, r relations, now time.Time) {
 		w.source(o, r.revisions, now)
 	case *api.Revision:
 		w.revision(o, now)
+	case *api.Server:
+		w.server(o, now)
 	}
 }
 
