@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -45,17 +46,11 @@ func (f *fsm) Apply(entry *raft.Log) any {
 	if err != nil {
 		return f.fail(fmt.Errorf("%w: log entry %d of term %d cannot be applied, and must not be skipped: %w", ErrFatal, entry.Index, entry.Term, err))
 	}
-	next := f.state.Load()
-	results := make([]command.Result, len(txns))
-	batches := make([][]state.Event, 0, len(txns))
-	for i, t := range txns {
-		var events []state.Event
-		next, results[i], events = state.Reduce(next, entry.Index, t)
-		if len(events) > 0 {
-			batches = append(batches, events)
-		}
-		f.metrics.outcome(results[i])
+	next, results, events := state.ReduceEntry(f.state.Load(), entry.Index, txns)
+	for _, r := range results {
+		f.metrics.outcome(r)
 	}
+	batches := slices.DeleteFunc(events, func(batch []state.Event) bool { return len(batch) == 0 })
 	f.hub.publish(next.Revision(), batches, func() { f.swap(next) })
 	f.metrics.applySeconds.Observe(time.Since(start).Seconds())
 	return results
