@@ -5,13 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"path/filepath"
-	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
-	"go.etcd.io/bbolt"
 
+	"decree.dev/decree/raftstore/seal"
 	"decree.dev/decree/raftstore/state"
 )
 
@@ -62,7 +59,7 @@ func Found(f Founding) (err error) {
 		f.Logger = slog.New(slog.DiscardHandler)
 	}
 	if f.Open == nil {
-		f.Open = f.openPlain
+		f.Open = func(dir string) (Storage, error) { return OpenStorage(dir, "") }
 	}
 	storage, err := f.Open(f.Dir)
 	if err != nil {
@@ -74,19 +71,14 @@ func Found(f Founding) (err error) {
 	return id.join(settings.ClusterID)
 }
 
-func (f *Founding) openPlain(dir string) (Storage, error) {
-	bolt, err := raftboltdb.New(raftboltdb.Options{
-		Path:        filepath.Join(dir, "raft.db"),
-		BoltOptions: &bbolt.Options{Timeout: time.Second, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType},
-	})
+// OpenStorage opens what [Open] would: sealed, with the master key in a file or, when
+// that is empty, in the folder.
+func OpenStorage(dir, masterKey string) (Storage, error) {
+	v, err := seal.Open(seal.Config{Dir: dir, MasterKey: masterKey})
 	if err != nil {
 		return Storage{}, fmt.Errorf("open the log: %w", err)
 	}
-	snapshots, err := raft.NewFileSnapshotStoreWithLogger(dir, 2, RaftLogger(f.Logger))
-	if err != nil {
-		return Storage{}, errors.Join(fmt.Errorf("open the snapshots: %w", err), bolt.Close())
-	}
-	return Storage{Log: bolt, Stable: bolt, Snapshots: snapshots, Close: bolt.Close}, nil
+	return Storage{Log: v.Log, Stable: v.Stable, Snapshots: v.Snapshots, Close: v.Close}, nil
 }
 
 // write makes raft begin with one snapshot and an empty log. The configuration with

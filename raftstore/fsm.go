@@ -20,6 +20,7 @@ type fsm struct {
 	state   atomic.Pointer[state.State]
 	hub     *hub
 	metrics *metrics
+	decoder command.Decoder
 
 	fatal   atomic.Pointer[error]
 	stopped chan struct{} // closed with the first fatal error
@@ -29,8 +30,8 @@ type fsm struct {
 
 var _ raft.FSM = (*fsm)(nil)
 
-func newFSM(h *hub, m *metrics, onFatal func(error)) *fsm {
-	f := &fsm{hub: h, metrics: m, stopped: make(chan struct{}), settled: make(chan struct{}, 1), onFatal: onFatal}
+func newFSM(h *hub, m *metrics, format int, onFatal func(error)) *fsm {
+	f := &fsm{hub: h, metrics: m, decoder: command.Decoder{Max: format}, stopped: make(chan struct{}), settled: make(chan struct{}, 1), onFatal: onFatal}
 	f.state.Store(state.New())
 	return f
 }
@@ -42,15 +43,15 @@ func (f *fsm) Apply(entry *raft.Log) any {
 		return *fatal
 	}
 	start := time.Now()
-	txns, err := command.DecodeEntry(entry.Data)
+	txns, err := f.decoder.Entry(entry.Data)
 	if err != nil {
 		return f.fail(fmt.Errorf("%w: log entry %d of term %d cannot be applied, and must not be skipped: %w", ErrFatal, entry.Index, entry.Term, err))
 	}
-	next, results, events := state.ReduceEntry(f.state.Load(), entry.Index, txns)
+	next, results, batches := state.ReduceEntry(f.state.Load(), entry.Index, txns)
 	for _, r := range results {
 		f.metrics.outcome(r)
 	}
-	batches := slices.DeleteFunc(events, func(batch []state.Event) bool { return len(batch) == 0 })
+	batches = slices.DeleteFunc(batches, func(b []state.Event) bool { return len(b) == 0 })
 	f.hub.publish(next.Revision(), batches, func() { f.swap(next) })
 	f.metrics.applySeconds.Observe(time.Since(start).Seconds())
 	return results
@@ -77,7 +78,7 @@ func (f *fsm) Snapshot() (raft.FSMSnapshot, error) {
 // Restore implements raft.FSM.
 func (f *fsm) Restore(r io.ReadCloser) error {
 	defer r.Close()
-	s, err := state.Read(r)
+	s, err := state.ReadFormat(r, f.decoder.Max)
 	if err != nil {
 		return err
 	}

@@ -5,11 +5,15 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
+	"time"
 
 	"github.com/hashicorp/raft"
 
 	"decree.dev/decree/raftstore/command"
 )
+
+// formatEvery is the time between two looks at what the servers understand.
+const formatEvery = 200 * time.Millisecond
 
 // lead follows who leads: a new leader catches up and, in a new cluster, proposes
 // the settings. It ends with the store.
@@ -31,8 +35,12 @@ func (s *Store) lead() {
 	})
 	s.raft.RegisterObserver(observer)
 	defer s.raft.DeregisterObserver(observer)
+	// Other servers may say at any time that they understand more.
+	formats := time.NewTicker(formatEvery)
+	defer formats.Stop()
 	for {
 		if s.IsLeader() {
+			s.settleFormat()
 			if err := s.establish(ctx); err != nil && ctx.Err() == nil {
 				s.log.Warn("taking the lead", "error", err)
 			}
@@ -45,6 +53,11 @@ func (s *Store) lead() {
 		case <-s.raft.LeaderCh():
 		case <-changes:
 		case <-s.fsm.settled:
+		case <-formats.C:
+			if s.Leads() {
+				s.settleFormat()
+				continue
+			}
 		}
 	}
 }

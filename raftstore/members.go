@@ -6,6 +6,9 @@ import (
 	"fmt"
 
 	"github.com/hashicorp/raft"
+
+	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/schemas/api"
 )
 
 // Member is one server of the raft configuration.
@@ -48,12 +51,36 @@ func (s *Store) SetMember(ctx context.Context, m Member) error {
 			return s.change(ctx, "take the vote of", m.ID, func() raft.Future { return s.raft.DemoteVoter(id, 0, 0) })
 		}
 	}
+	s.settleFormat(m.ID)
 	return s.change(ctx, "add", m.ID, func() raft.Future {
 		if m.Voter {
 			return s.raft.AddVoter(id, address, 0, 0)
 		}
 		return s.raft.AddNonvoter(id, address, 0, 0)
 	})
+}
+
+// settleFormat makes the format of new entries the newest one that every server of the
+// configuration understands, those with the ids given too. What a server understands
+// it has said when it announced itself.
+func (s *Store) settleFormat(joining ...string) {
+	newest, view := s.cfg.Format, s.View()
+	for _, m := range s.Members() {
+		joining = append(joining, m.ID)
+	}
+	for _, id := range joining {
+		if id == s.cfg.NodeID {
+			continue
+		}
+		format := command.Oldest
+		if o, ok := api.Get[*api.Server](view, "", id); ok {
+			format = max(format, o.Status.Format)
+		}
+		newest = min(newest, format)
+	}
+	if old := s.format.Swap(int64(newest)); old != int64(newest) {
+		s.log.Info("format of log entries", "format", newest, "before", old)
+	}
 }
 
 // RemoveMember takes a server out of the cluster. Only the leader can; one that

@@ -17,6 +17,7 @@ type metrics struct {
 	commitSeconds  prometheus.Histogram
 	applySeconds   prometheus.Histogram
 	slowWatchers   prometheus.Counter
+	diskSeconds    *prometheus.HistogramVec // by what is written
 	collectors     []prometheus.Collector
 }
 
@@ -42,10 +43,19 @@ func newMetrics(s *Store) *metrics {
 			Help: "Watches that the history overtook.",
 		}),
 	}
-	m.collectors = []prometheus.Collector{m.transactions, m.batchTxns, m.proposeSeconds, m.commitSeconds, m.applySeconds, m.slowWatchers,
+	m.diskSeconds = prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Namespace: "decree", Subsystem: "store", Name: "disk_seconds", Help: "Writing to disk, fsync included, by what is written.", Buckets: seconds,
+	}, []string{"what"})
+	m.collectors = []prometheus.Collector{m.diskSeconds, m.transactions, m.batchTxns, m.proposeSeconds, m.commitSeconds, m.applySeconds, m.slowWatchers,
 		gauge("revision", "Revision of the state.", func() float64 { return float64(s.View().Revision()) }),
 		gauge("leader", "1 while this server leads.", func() float64 {
 			if s.IsLeader() {
+				return 1
+			}
+			return 0
+		}),
+		gauge("disk_trouble", "1 while the disk is full, slow or broken.", func() float64 {
+			if s.Trouble() != "" {
 				return 1
 			}
 			return 0

@@ -3,9 +3,11 @@ package raftstore
 import (
 	"context"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
+	"golang.org/x/sync/errgroup"
 
 	"decree.dev/decree/raftstore/command"
 )
@@ -16,6 +18,14 @@ const proposalOverhead = 256
 // batchBytes is where a log entry stops taking more transactions. One that is
 // larger travels alone.
 const batchBytes = 1 << 20
+
+const (
+	// wholeBytes is how large a transaction may be that travels in one piece, partBytes
+	// the size of the pieces of a larger one, partsAtOnce how many are under way.
+	wholeBytes  = 2 << 20
+	partBytes   = 1 << 20
+	partsAtOnce = 4
+)
 
 // proposal is one encoded transaction and how its caller is told. done is called
 // once and must not wait.
@@ -49,11 +59,58 @@ func (s *Store) Propose(ctx context.Context, t command.Txn) (command.Result, err
 		return command.Result{}, fmt.Errorf("propose: %w", err)
 	}
 	start := time.Now()
-	result, err := s.deliver(ctx, data, t.Key != "")
+	var result command.Result
+	if len(data) > wholeBytes {
+		result, err = s.deliverParts(ctx, data, &t)
+	} else {
+		result, err = s.deliver(ctx, data, t.Key != "")
+	}
 	if err == nil {
 		s.metrics.proposeSeconds.Observe(time.Since(start).Seconds())
 	}
 	return result, err
+}
+
+// deliverParts brings a large transaction to the leader in pieces, so that no single
+// entry holds up the others. The last piece to arrive has the outcome. Until then
+// nobody sees anything of it.
+func (s *Store) deliverParts(ctx context.Context, data []byte, t *command.Txn) (command.Result, error) {
+	parts, err := command.Split(data, partBytes)
+	if err != nil {
+		return command.Result{}, fmt.Errorf("propose: %w", err)
+	}
+	var mu sync.Mutex
+	var outcome command.Result
+	whole := false
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(partsAtOnce)
+	for i := range parts {
+		p := &parts[i]
+		p.Time, p.Actor, p.Reason = t.Time, t.Actor, t.Reason
+		g.Go(func() error {
+			piece, err := command.EncodeTxn(p)
+			if err != nil {
+				return fmt.Errorf("propose: %w", err)
+			}
+			r, err := s.deliver(ctx, piece, true) // a piece that comes twice counts once
+			if err != nil {
+				return err
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			if r.Missing == 0 {
+				outcome, whole = r, true
+			}
+			return nil
+		})
+	}
+	if err := g.Wait(); err != nil {
+		return command.Result{}, err
+	}
+	if !whole {
+		return command.Result{}, fmt.Errorf("%w: pieces of the transaction were dropped because it took too long", ErrLeadershipLost)
+	}
+	return outcome, nil
 }
 
 // proposeHere proposes to this server's own raft, and waits.
@@ -149,7 +206,13 @@ func (s *Store) launch(batch []*proposal) {
 	for i, p := range batch {
 		parts[i] = p.data
 	}
-	entry, err := command.EncodeEntry(command.Newest, parts...)
+	entry, err := command.EncodeEntry(int(s.format.Load()), parts...)
+	if err != nil && len(batch) > 1 { // one of them is to blame, the others are not
+		for _, p := range batch {
+			s.launch([]*proposal{p})
+		}
+		return
+	}
 	if err != nil {
 		answer(batch, fmt.Errorf("propose: %w", err))
 		return

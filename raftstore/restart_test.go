@@ -9,10 +9,10 @@ import (
 	"testing"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/seal"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -68,8 +68,8 @@ func TestSnapshotsAreTakenAndLogIsCut(t *testing.T) {
 		t.Fatal(err)
 	}
 	bolt := openLog(t, cfg.Dir)
-	first, _ := bolt.FirstIndex()
-	last, _ := bolt.LastIndex()
+	first, _ := bolt.Log.FirstIndex()
+	last, _ := bolt.Log.LastIndex()
 	bolt.Close()
 	if last-first > 50 {
 		t.Fatalf("the log holds entries %d to %d", first, last)
@@ -79,12 +79,12 @@ func TestSnapshotsAreTakenAndLogIsCut(t *testing.T) {
 	}
 }
 
-func openLog(t *testing.T, dir string) *raftboltdb.BoltStore {
-	bolt, err := raftboltdb.NewBoltStore(filepath.Join(dir, "raft.db"))
+func openLog(t *testing.T, dir string) *seal.Vault {
+	v, err := seal.Open(seal.Config{Dir: dir})
 	if err != nil {
 		t.Fatal(err)
 	}
-	return bolt
+	return v
 }
 
 // TestUndecodableEntryStopsTheStore puts an entry of a future version into the log.
@@ -96,14 +96,14 @@ func TestUndecodableEntryStopsTheStore(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	bolt := openLog(t, dir)
-	last, _ := bolt.LastIndex()
+	vault := openLog(t, dir)
+	last, _ := vault.Log.LastIndex()
 	var entry raft.Log
-	if err := bolt.GetLog(last, &entry); err != nil {
+	if err := vault.Log.GetLog(last, &entry); err != nil {
 		t.Fatal(err)
 	}
 	bad := &raft.Log{Index: last + 1, Term: entry.Term, Type: raft.LogCommand, Data: []byte{command.Newest + 1, 0}}
-	if err := errors.Join(bolt.StoreLog(bad), bolt.Close()); err != nil {
+	if err := errors.Join(vault.Log.StoreLog(bad), vault.Close()); err != nil {
 		t.Fatal(err)
 	}
 

@@ -15,18 +15,16 @@ import (
 	"io"
 	"log/slog"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
-	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 	"github.com/prometheus/client_golang/prometheus"
-	"go.etcd.io/bbolt"
 	"golang.org/x/sync/semaphore"
 
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/seal"
 	"decree.dev/decree/raftstore/state"
 )
 
@@ -57,6 +55,13 @@ type Config struct {
 	// Fatal is called once, on its own goroutine, when the store has to stop because
 	// the log holds what it must not skip. Every later call of the store fails.
 	Fatal func(error)
+
+	// MasterKey is the file with the key that wraps the keys of everything on disk;
+	// keys/master.key in Dir when empty.
+	MasterKey string
+	// Format is the newest log format to understand and to write; command.Newest when
+	// zero. With an older one a server stands in for the version before this one.
+	Format int
 
 	// HeartbeatTimeout is how long a follower waits for its leader before it stands
 	// for election: 300 ms when zero. A single server does not wait.
@@ -91,6 +96,7 @@ func (c *Config) setDefaults() {
 	setDefault(&c.HistoryEvents, 100_000)
 	setDefault(&c.HistoryBytes, 32<<20)
 	setDefault(&c.PendingBytes, 64<<20)
+	setDefault(&c.Format, command.Newest)
 	c.PendingBytes = max(c.PendingBytes, command.MaxEntry+proposalOverhead)
 }
 
@@ -107,7 +113,7 @@ type Store struct {
 	log      *slog.Logger
 	metrics  *metrics
 	identity *identity
-	bolt     *raftboltdb.BoltStore
+	vault    *seal.Vault
 	raft     *raft.Raft
 	fsm      *fsm
 	hub      *hub
@@ -134,6 +140,8 @@ type Store struct {
 	closeOnce sync.Once
 	closeErr  error
 	running   sync.WaitGroup
+
+	format atomic.Int64 // of new entries, while this server leads
 }
 
 // Open opens or creates the store in cfg.Dir and starts it. It returns before the
@@ -165,6 +173,7 @@ func Open(cfg Config) (_ *Store, err error) {
 		landed:  make(chan struct{}),
 		stopped: make(chan struct{}),
 	}
+	s.format.Store(command.Oldest)
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("open store in %s: %w", cfg.Dir, err)
@@ -176,7 +185,7 @@ func Open(cfg Config) (_ *Store, err error) {
 	}
 	s.metrics = newMetrics(s)
 	s.hub = newHub(cfg.HistoryEvents, cfg.HistoryBytes, s.metrics)
-	s.fsm = newFSM(s.hub, s.metrics, s.stop)
+	s.fsm = newFSM(s.hub, s.metrics, cfg.Format, s.stop)
 	if err := s.startRaft(); err != nil {
 		return nil, err
 	}
@@ -190,23 +199,15 @@ func Open(cfg Config) (_ *Store, err error) {
 	s.running.Go(s.batch)
 	s.running.Go(s.land)
 	s.running.Go(s.answerReads)
+	s.running.Go(s.watchDisk)
 	return s, nil
 }
 
 // startRaft opens the log, makes a new cluster if there is none, and starts raft.
 func (s *Store) startRaft() error {
 	logger := RaftLogger(s.log)
-	bolt, err := raftboltdb.New(raftboltdb.Options{
-		Path:        filepath.Join(s.cfg.Dir, "raft.db"),
-		BoltOptions: &bbolt.Options{Timeout: time.Second, NoFreelistSync: true, FreelistType: bbolt.FreelistMapType},
-	})
-	if err != nil {
-		return fmt.Errorf("open the log: %w", err)
-	}
-	s.bolt = bolt
-	snapshots, err := raft.NewFileSnapshotStoreWithLogger(s.cfg.Dir, 2, logger)
-	if err != nil {
-		return fmt.Errorf("open the snapshots: %w", err)
+	if err := s.openVault(); err != nil {
+		return err
 	}
 	if err := syncDir(s.cfg.Dir); err != nil {
 		return err
@@ -217,12 +218,12 @@ func (s *Store) startRaft() error {
 	cfg := s.raftConfig()
 	cfg.Logger = logger
 	if s.cfg.Bootstrap != nil {
-		if err := s.bootstrapRaft(cfg, bolt, snapshots); err != nil {
+		if err := s.bootstrapRaft(cfg); err != nil {
 			return err
 		}
 	}
-	s.raft, err = raft.NewRaft(cfg, s.fsm, bolt, bolt, snapshots, s.cfg.Transport)
-	if err != nil {
+	var err error
+	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.vault.Log, s.vault.Stable, s.vault.Snapshots, s.cfg.Transport); err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
 	s.stopRaft = sync.OnceValue(s.shutdownRaft)
@@ -251,8 +252,8 @@ func (s *Store) raftConfig() *raft.Config {
 }
 
 // bootstrapRaft writes the first configuration, unless the folder has one.
-func (s *Store) bootstrapRaft(cfg *raft.Config, log raft.LogStore, snapshots raft.SnapshotStore) error {
-	exists, err := raft.HasExistingState(log, s.bolt, snapshots)
+func (s *Store) bootstrapRaft(cfg *raft.Config) error {
+	exists, err := raft.HasExistingState(s.vault.Log, s.vault.Stable, s.vault.Snapshots)
 	if err != nil {
 		return fmt.Errorf("read the log: %w", err)
 	}
@@ -263,7 +264,7 @@ func (s *Store) bootstrapRaft(cfg *raft.Config, log raft.LogStore, snapshots raf
 	if servers == nil {
 		servers = []raft.Server{{ID: cfg.LocalID, Address: s.cfg.Transport.LocalAddr()}}
 	}
-	if err := raft.BootstrapCluster(cfg, log, s.bolt, snapshots, s.cfg.Transport, raft.Configuration{Servers: servers}); err != nil {
+	if err := raft.BootstrapCluster(cfg, s.vault.Log, s.vault.Stable, s.vault.Snapshots, s.cfg.Transport, raft.Configuration{Servers: servers}); err != nil {
 		return fmt.Errorf("make a new cluster: %w", err)
 	}
 	return nil
@@ -398,8 +399,8 @@ func (s *Store) release() error {
 	if s.metrics != nil {
 		s.metrics.unregister(s.cfg.Metrics)
 	}
-	if s.bolt != nil {
-		errs = append(errs, s.bolt.Close())
+	if s.vault != nil {
+		errs = append(errs, s.vault.Close())
 	}
 	if s.identity != nil {
 		errs = append(errs, s.identity.release())

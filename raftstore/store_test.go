@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -171,7 +172,9 @@ func TestConcurrentProposals(t *testing.T) {
 }
 
 func TestTooLarge(t *testing.T) {
-	s := open(t, config(t.TempDir()))
+	cfg := config(t.TempDir())
+	cfg.HistoryBytes = 64 << 20
+	s := open(t, cfg)
 	_, err := s.Propose(timeout(t), create(configMap("a", string(make([]byte, command.MaxObject+1)))))
 	if !errors.Is(err, command.ErrTooLarge) {
 		t.Fatalf("got %v", err)
@@ -180,10 +183,35 @@ func TestTooLarge(t *testing.T) {
 	for i := range 5 {
 		many = append(many, configMap("m"+strconv.Itoa(i), string(make([]byte, command.MaxObject-1000))))
 	}
-	if _, err := s.Propose(timeout(t), create(many...)); !errors.Is(err, command.ErrTooLarge) {
+	// More than one entry holds: it travels in pieces, and nobody sees a part of it.
+	w := watch(t, s, s.View().Revision(), raftstore.Filter{Resource: api.ConfigMaps})
+	must(t, s, create(many...))
+	events, err := w.Next(timeout(t))
+	if err != nil || len(events) != len(many) {
+		t.Fatalf("%d events at once, want %d: %v", len(events), len(many), err)
+	}
+	endless := command.Txn{Actor: "test", Mutations: make([]api.Mutation, command.MaxMutations+1)}
+	for i := range endless.Mutations {
+		endless.Mutations[i] = api.Mutation{Verb: api.Delete, Key: api.KeyOf(many[0])}
+	}
+	if _, err := s.Propose(timeout(t), endless); !errors.Is(err, command.ErrTooLarge) {
 		t.Fatalf("got %v", err)
 	}
-	must(t, s, create(many[:3]...)) // large, but within bounds
+}
+
+// TestLargeCommit: ten thousand objects, thirty megabytes, one revision.
+func TestLargeCommit(t *testing.T) {
+	s := open(t, config(t.TempDir()))
+	var many []api.Object
+	for i := range 10_000 {
+		many = append(many, configMap("c"+strconv.Itoa(i), strings.Repeat("x", 3000)))
+	}
+	w := watch(t, s, s.View().Revision(), raftstore.Filter{Resource: api.ConfigMaps})
+	r := must(t, s, create(many...))
+	events, err := w.Next(timeout(t))
+	if err != nil || len(events) != len(many) || events[len(many)-1].Revision != r.Revision {
+		t.Fatalf("%d events at once, want %d: %v", len(events), len(many), err)
+	}
 }
 
 func TestClosed(t *testing.T) {

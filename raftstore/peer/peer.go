@@ -101,7 +101,7 @@ func appendResult(b []byte, r command.Result, err error) (byte, []byte) {
 	}
 	b = binary.AppendUvarint(b, r.Revision)
 	if r.Rejected == nil {
-		return statusOK, b
+		return statusOK, binary.AppendUvarint(b, uint64(r.Missing))
 	}
 	b = append(b, byte(r.Rejected.Code))
 	for _, s := range []string{string(r.Rejected.Key.Resource), r.Rejected.Key.Namespace, r.Rejected.Key.Name} {
@@ -134,7 +134,11 @@ func parseResult(status byte, b []byte) (command.Result, error) {
 	}
 	b = b[n:]
 	if status == statusOK {
-		return command.Result{Revision: revision}, nil
+		missing, n := binary.Uvarint(b)
+		if n <= 0 {
+			return command.Result{}, errMalformed
+		}
+		return command.Result{Revision: revision, Missing: int(missing)}, nil
 	}
 	if len(b) == 0 {
 		return command.Result{}, errMalformed

@@ -14,6 +14,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"decree.dev/decree/cmd/decree/internal/daemon"
 )
 
 // Streams are where a verb reads and writes.
@@ -104,7 +106,7 @@ Nothing else changes what should run.`,
 		verbs     []*cobra.Command
 	}{
 		{"cluster", "Cluster:", []*cobra.Command{upCmd(e), downCmd(e), serverCmd(e), agentCmd(e), statusCmd(e), doctorCmd(e)}},
-		{"servers", "Servers:", []*cobra.Command{membersCmd(e), tokenCmd(e), caCmd(e)}},
+		{"servers", "Servers:", []*cobra.Command{membersCmd(e), tokenCmd(e), caCmd(e), keysCmd(e), snapshotCmd(e, snapshotGit{check: daemon.CheckRepository, importing: daemon.ImportRepository})}},
 		{"git", "Manifests and Git:", []*cobra.Command{initCmd(e), vetCmd(e), renderCmd(e), planCmd(e), sourceCmd(e)}},
 		{"look", "Looking:", []*cobra.Command{getCmd(e), describeCmd(e), logsCmd(e), execCmd(e), eventsCmd(e)}},
 	}

@@ -129,3 +129,42 @@ func (e *env) printCA(s *daemon.CAStatus) error {
 	}
 	return nil
 }
+
+func keysCmd(e *env) *cobra.Command {
+	var output string
+	c := &cobra.Command{
+		Use: "keys", Short: "Show the keys that the servers' disks are encrypted with, or replace them",
+		Example: `  decree keys show
+  decree keys rotate`,
+	}
+	c.PersistentFlags().StringVarP(&output, "output", "o", "", "json for everything")
+	verb := func(use, short, long, method string) *cobra.Command {
+		return &cobra.Command{
+			Use: use, Short: short, Long: long, Args: cobra.NoArgs, Example: "  decree keys " + use,
+			RunE: func(c *cobra.Command, _ []string) error {
+				if err := checkOutput(output, "json"); err != nil {
+					return err
+				}
+				var s daemon.KeyStatus
+				if err := e.ask(c.Context(), method, "keys", nil, nil, &s); err != nil {
+					return err
+				}
+				if output == "json" {
+					return e.writeJSON(s)
+				}
+				w := tabwriter.NewWriter(e.Out, 0, 0, 3, ' ', 0)
+				fmt.Fprintf(w, "NODE\tEPOCH\tWANTED\n")
+				for _, k := range s.Servers {
+					fmt.Fprintf(w, "%s\t%d\t%d\n", k.Node, k.Epoch, s.Epoch)
+				}
+				return w.Flush()
+			},
+		}
+	}
+	c.AddCommand(
+		verb("show", "Show which key epoch each server writes with", "", http.MethodGet),
+		verb("rotate", "Have every server encrypt its disk with a new key", `Rotate asks every server for a new key. What is written from then on, log and snapshots,
+is encrypted with it; each server takes a snapshot at once, so that its old log can go.
+An old key is forgotten when nothing on the disk needs it any more.`, http.MethodPost))
+	return c
+}

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -129,6 +130,12 @@ func (d *daemonFlags) server(c *cobra.Command, cfg *daemon.Config, address strin
 	f.BoolVar(&cfg.NonVoter, "non-voter", false, "hold the whole state, never vote")
 	f.DurationVar(&cfg.Grace, "dead-server-grace", 0, "how long a dead server is waited for before it is given up (default 1h; negative: for ever)")
 	f.DurationVar(&cfg.Heartbeat, "heartbeat-timeout", 0, "how long to wait for a leader that falls silent (default 300ms); the same on all servers")
+	f.StringVar(&cfg.MasterKey, "master-key", "", "file with the key that wraps the keys of everything on disk (default: one in the data folder)")
+	f.StringVar(&cfg.Snapshots.To, "snapshot-to", "", "folder or s3://BUCKET/PREFIX?endpoint=HOST that the leader saves snapshots to")
+	f.DurationVar(&cfg.Snapshots.Every, "snapshot-every", time.Hour, "time from one snapshot to the next")
+	f.IntVar(&cfg.Snapshots.Keep, "snapshot-keep", 24, "how many of the newest snapshots are kept")
+	f.IntVar(&cfg.Snapshots.KeepDaily, "snapshot-keep-daily", 14, "for how many days one snapshot a day is kept")
+	f.StringSliceVar(&cfg.Snapshots.Recipients, "snapshot-recipient", nil, "age1... that snapshots are encrypted for")
 	f.StringVar(&cfg.Seed, "repo", "", "folder that becomes the first commit of the built-in repository, if it has none")
 	f.StringVar(&d.serviceCIDR, "service-cidr", "10.97.0.0/16", "addresses of services; for a new cluster")
 	f.StringVar(&d.podCIDR, "pod-cidr", "10.98.0.0/16", "addresses of pods; for a new cluster")

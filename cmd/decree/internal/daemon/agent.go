@@ -2,10 +2,12 @@ package daemon
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -22,6 +24,7 @@ import (
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/raftstore/pki"
+	"decree.dev/decree/raftstore/tunnel"
 	"decree.dev/decree/reconciler"
 	"decree.dev/decree/reconciler/agent"
 	"decree.dev/decree/reconciler/containerd"
@@ -228,6 +231,17 @@ func (n *node) desired(view api.Reader) netplane.Desired {
 	return d
 }
 
+// tunnel keeps the node's containers within reach of all servers.
+func (n *node) tunnel(servers func() []string, keeper *pki.Keeper) func(context.Context) error {
+	local := &nodes{node: n.cfg.Node}
+	local.agent.Store(n.agent)
+	a := &tunnel.Agent{
+		Node: n.cfg.Node, Servers: servers, Local: local, Log: n.cfg.Log.With("part", "tunnel"),
+		TLS: func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) },
+	}
+	return a.Run
+}
+
 // importImages loads the archives of the images folder.
 func (n *node) importImages(ctx context.Context) error {
 	if n.cfg.Images == "" {
@@ -264,12 +278,28 @@ func (n *node) close() {
 	}
 }
 
-// nodes gives the API server the containers of this process's node.
-type nodes struct{ agent atomic.Pointer[agent.Agent] }
+// nodes gives the API server the containers of this process's node, and those of
+// others through their tunnels.
+type nodes struct {
+	node      string
+	agent     atomic.Pointer[agent.Agent]
+	elsewhere *tunnel.Server // nil: there are no others
+}
+
+// remote returns where the containers of a node are reached if not here.
+func (n *nodes) remote(node string) *tunnel.Server {
+	if node == n.node && n.agent.Load() != nil {
+		return nil
+	}
+	return n.elsewhere
+}
 
 var errNoAgent = errors.New("the agent of this node is not running yet")
 
-func (n *nodes) Logs(ctx context.Context, _ string, pod *corev1.Pod, opts *corev1.PodLogOptions, w io.Writer) error {
+func (n *nodes) Logs(ctx context.Context, node string, pod *corev1.Pod, opts *corev1.PodLogOptions, w io.Writer) error {
+	if r := n.remote(node); r != nil {
+		return told(r.Logs(ctx, node, pod, opts, w))
+	}
 	a := n.agent.Load()
 	if a == nil {
 		return errNoAgent
@@ -298,7 +328,23 @@ func answer(err error) error {
 	return err
 }
 
-func (n *nodes) Exec(ctx context.Context, _ string, pod *corev1.Pod, e apiserver.ExecStreams) (int, error) {
+// told makes what another node refuses an answer of the API.
+func told(err error) error {
+	refused, ok := errors.AsType[*tunnel.Refused](err)
+	switch {
+	case errors.Is(err, tunnel.ErrNoAgent):
+		return apierrors.NewServiceUnavailable(err.Error())
+	case ok && refused.Code == http.StatusBadRequest:
+		return apierrors.NewBadRequest(refused.Text)
+	}
+	return err
+}
+
+func (n *nodes) Exec(ctx context.Context, node string, pod *corev1.Pod, e apiserver.ExecStreams) (int, error) {
+	if r := n.remote(node); r != nil {
+		code, err := r.Exec(ctx, node, pod, e)
+		return code, told(err)
+	}
 	a := n.agent.Load()
 	if a == nil {
 		return 0, errNoAgent

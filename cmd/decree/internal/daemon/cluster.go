@@ -35,7 +35,13 @@ func (r registry) Token(ctx context.Context, id string) (*api.JoinToken, bool, e
 }
 
 // Issuer implements join.Cluster.
-func (r registry) Issuer(context.Context) (*pki.Issuer, error) { return r.issuer() }
+func (r registry) Issuer(ctx context.Context) (*pki.Issuer, error) {
+	// The newest: a CA that was given up meanwhile must sign nothing.
+	if _, err := r.store.Read(ctx); err != nil {
+		return nil, err
+	}
+	return r.issuer()
+}
 
 // issuer signs for the cluster; any server can, once it has the state.
 func (s *server) issuer() (*pki.Issuer, error) {
@@ -71,8 +77,13 @@ func (r registry) Admit(ctx context.Context, a join.Admission) error {
 	})
 }
 
+// machine is a machine that was just admitted: one that is never heard of again must
+// not hold up the rotation of the CA for longer than its certificate lasts.
 func machine(role, node, key string) *api.Machine {
-	m := &api.Machine{ObjectMeta: metav1.ObjectMeta{Name: api.MachineName(role, node)}, Spec: api.MachineSpec{Role: role, Node: node, Key: key}}
+	m := &api.Machine{
+		ObjectMeta: metav1.ObjectMeta{Name: api.MachineName(role, node)}, Spec: api.MachineSpec{Role: role, Node: node, Key: key},
+		Status: api.MachineStatus{Expires: metav1.NewTime(time.Now().Add(pki.DefaultLifetime).UTC().Truncate(time.Second))},
+	}
 	m.SetGroupVersionKind(api.GroupVersion.WithKind("Machine"))
 	return m
 }
@@ -303,6 +314,7 @@ func (s *server) announce(ctx context.Context) error {
 		if err == nil {
 			select {
 			case <-changed:
+			case <-s.renewed:
 			case <-ctx.Done():
 				return nil
 			}

@@ -45,6 +45,11 @@ type Config struct {
 	Grace time.Duration
 	// Heartbeat is how long a server waits for its leader; zero: the store's default.
 	Heartbeat time.Duration
+	// MasterKey is the file with the key that wraps the keys of everything on disk;
+	// empty: one in the data folder.
+	MasterKey string
+	// Snapshots are those that are taken by themselves.
+	Snapshots SnapshotConfig
 	// TrustEvery is the time between two looks at which CAs to trust; zero: join's.
 	TrustEvery time.Duration
 

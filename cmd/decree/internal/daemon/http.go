@@ -112,6 +112,14 @@ func (s *server) clusterHandler() http.Handler {
 		}
 		return s.caStatus()
 	})
+	serve("GET "+clusterPath+"keys", func(r *http.Request, _ apiserver.Identity) (any, error) { return s.keyStatus(r.Context()) })
+	serve("POST "+clusterPath+"keys", func(r *http.Request, who apiserver.Identity) (any, error) {
+		s.cfg.Log.Info("the keys of the disks are rotated", "user", who.Name)
+		if err := s.rotateKeys(r.Context()); err != nil {
+			return nil, err
+		}
+		return s.keyStatus(r.Context())
+	})
 	return mux
 }
 

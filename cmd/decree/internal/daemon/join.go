@@ -57,6 +57,7 @@ func Agent(ctx context.Context, cfg Config, out io.Writer) error {
 		return errors.Join(err, g.stop())
 	}
 	n.run(g.start)
+	g.start("tunnel", n.tunnel(known.get, keeper))
 	member := &join.Member{Keeper: keeper, Servers: known.get, Log: cfg.Log.With("part", "certificates"), Every: cfg.TrustEvery}
 	g.start("renew", func(ctx context.Context) error { return keeper.Run(ctx, member.Renew) })
 	g.start("follow", member.Follow)

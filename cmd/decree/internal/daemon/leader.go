@@ -67,6 +67,9 @@ func (s *server) tenure(ctx context.Context) error {
 	g.start("controllers", controllers.Run)
 	g.start("sources", s.follower.Run)
 	g.start("upkeep", s.upkeep)
+	if s.backups != nil {
+		g.start("snapshots", s.backups.Run)
+	}
 	return g.wait()
 }
 
@@ -178,6 +181,7 @@ func (c *contacts) news(since, now time.Time) map[string]int64 {
 const (
 	callContacts = "contacts"
 	callSync     = "sync"
+	callGitPull  = "git-pull"
 )
 
 // tellEvery is how often a server tells the leader which nodes it has heard of.
@@ -218,6 +222,7 @@ func (s *server) calls() map[string]peer.Handler {
 		}
 		return struct{}{}, nil
 	})
+	h[callGitPull] = peer.On(s.pull)
 	h[callSync] = peer.On(func(_ context.Context, _ peer.Identity, source string) (any, error) {
 		return struct{}{}, s.follower.Sync(source)
 	})

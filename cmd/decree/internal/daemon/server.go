@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -23,12 +24,15 @@ import (
 
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/apiserver"
+	"decree.dev/decree/raftstore/backup"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/join"
 	"decree.dev/decree/raftstore/membership"
 	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/raftstore/pki"
+	"decree.dev/decree/raftstore/tunnel"
 	"decree.dev/decree/reconciler/delivery"
+	"decree.dev/decree/reconciler/gitreplica"
 	"decree.dev/decree/reconciler/gitsource"
 	"decree.dev/decree/reconciler/replicated"
 	"decree.dev/decree/schemas/api"
@@ -49,7 +53,13 @@ type server struct {
 	mux      *peer.Mux
 	httpL    net.Listener
 	peerL    net.Listener
+	agentL   net.Listener
 	peers    *peer.Client
+	tunnels  *tunnel.Server
+	replica  *gitreplica.Replica
+	gitPeers *gitPeers
+	backups  *backup.Scheduler // nil: none are scheduled
+	renewed  chan struct{}     // capacity 1: what this server says of itself has changed
 	store    *raftstore.Store
 	members  *membership.Keeper
 	contacts *contacts
@@ -68,9 +78,11 @@ type server struct {
 // newServer opens everything the control plane has on disk and listens. It serves
 // once run is called.
 func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
-	s := &server{cfg: cfg, metrics: prometheus.NewRegistry(), nodes: &nodes{}, fatal: make(chan error, 1)}
+	s := &server{cfg: cfg, metrics: prometheus.NewRegistry(), fatal: make(chan error, 1), renewed: make(chan struct{}, 1)}
 	s.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	s.contacts = &contacts{nodes: s.nodeNames}
+	s.tunnels = &tunnel.Server{Node: nodeOf, Log: cfg.Log.With("part", "tunnels")}
+	s.nodes = &nodes{node: cfg.Node, elsewhere: s.tunnels}
 	defer func() {
 		if err != nil {
 			s.close()
@@ -93,36 +105,75 @@ func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 	if err := s.openGit(ctx); err != nil {
 		return nil, err
 	}
+	if s.backups, err = s.newScheduler(); err != nil {
+		return nil, err
+	}
 	return s, s.newAPI()
 }
 
-// openStore opens the replicated state and what connects it to other servers.
+// openStore opens the replicated state and what connects it to other servers. A log
+// that is damaged is set aside, if there are servers that have another copy: this one
+// joins them again, under a new id and without a vote until it has caught up.
 func (s *server) openStore() (err error) {
 	cfg, keeper := s.cfg, s.creds.keeper
-	if s.id, err = serverID(cfg, s.creds.founder != nil); err != nil {
+	s.mux = peer.NewMux(s.listener, peer.MuxConfig{TLS: keeper.ServerTLS(), Admit: s.admit, Log: cfg.Log.With("part", "listener")})
+	s.httpL, s.peerL, s.agentL = s.mux.Listen("h2", "http/1.1"), s.mux.Listen(peer.ProtocolPeer), s.mux.Listen(tunnel.Protocol)
+	s.peers = peer.NewClient(s.dialTLS)
+	founder := s.creds.founder != nil
+	if s.id, err = serverID(cfg, founder); err != nil {
 		return err
 	}
-	s.mux = peer.NewMux(s.listener, peer.MuxConfig{TLS: keeper.ServerTLS(), Admit: s.admit, Log: cfg.Log.With("part", "listener")})
-	s.httpL, s.peerL = s.mux.Listen("h2", "http/1.1"), s.mux.Listen(peer.ProtocolPeer)
-	dial := func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) }
-	s.peers = peer.NewClient(dial)
+	err = s.openRaft(founder)
+	if !errors.Is(err, raftstore.ErrCorrupt) {
+		return err
+	}
+	if others := s.otherServers(); len(others) == 0 {
+		return fmt.Errorf("%w; no other server is known that has a copy: restore a snapshot into another folder (decree snapshot restore)", err)
+	}
+	aside, asideErr := raftstore.Abandon(cfg.dir("raft"))
+	if asideErr != nil {
+		return errors.Join(err, asideErr)
+	}
+	cfg.Log.Error("the log of this server is damaged: it gets everything from the others again", "error", err, "damaged files", aside)
+	if s.id, err = serverID(cfg, false); err != nil {
+		return err
+	}
+	return s.openRaft(false)
+}
+
+// dialTLS is how this server shows others who it is.
+func (s *server) dialTLS() *tls.Config {
+	return pki.RequireGroup(s.creds.keeper.ClientTLS(), pki.GroupServers)
+}
+
+// otherServers are the addresses of servers that were known before, this one aside.
+func (s *server) otherServers() []string {
+	return slices.DeleteFunc(s.knownServers(), func(a string) bool { return a == s.cfg.Advertise })
+}
+
+// openRaft opens the store under s.id.
+func (s *server) openRaft(founder bool) (err error) {
+	cfg := s.cfg
 	raftLog := cfg.Log.With("part", "raft")
 	storeCfg := raftstore.Config{
 		Dir: cfg.dir("raft"), NodeID: s.id, Logger: raftLog, Metrics: s.metrics, Peers: s.peers,
-		HeartbeatTimeout: cfg.Heartbeat,
+		HeartbeatTimeout: cfg.Heartbeat, MasterKey: cfg.MasterKey,
 		Transport: peer.NewRaftTransport(peer.RaftConfig{
-			Listener: s.mux.Listen(peer.ProtocolRaft), Address: cfg.Advertise, TLS: dial, Log: raftLog,
+			Listener: s.mux.Listen(peer.ProtocolRaft), Address: cfg.Advertise, TLS: s.dialTLS, Log: raftLog,
 			Ended: func(who peer.Identity) { s.members.ConnectionEnded(who) },
 		}),
 		Fatal: func(err error) { s.fatal <- err },
 	}
-	if s.creds.founder != nil {
+	if founder {
 		storeCfg.Bootstrap = &command.Bootstrap{ServiceCIDR: cfg.ServiceCIDR, PodCIDR: cfg.PodCIDR, NodeMask: 24, DNS: cfg.DNS}
 	}
 	// Before the store: its transport asks for it.
 	s.members = &membership.Keeper{Peers: s.peers, Self: s.self, Policy: cfg.policy(), Log: cfg.Log.With("part", "servers")}
 	s.store, err = raftstore.Open(storeCfg)
 	s.members.Store = s.store
+	if err == nil {
+		s.members.Trouble = s.store.Trouble
+	}
 	return err
 }
 
@@ -147,7 +198,7 @@ func (s *server) self() membership.Self {
 		ID:         s.id,
 		ServerSpec: api.ServerSpec{Node: s.cfg.Node, Address: s.cfg.Advertise, Site: s.cfg.Site, NonVoter: s.cfg.NonVoter},
 		ServerStatus: api.ServerStatus{
-			Version: s.cfg.Version, Format: command.Newest, Issuer: s.creds.keeper.Issuer(),
+			Version: s.cfg.Version, Format: command.Newest, Issuer: s.creds.keeper.Issuer(), KeyEpoch: s.store.KeyEpoch(),
 		},
 	}
 }
@@ -155,16 +206,17 @@ func (s *server) self() membership.Self {
 // admit lets servers alone speak the protocols of servers, and no server that was
 // taken out of the cluster.
 func (s *server) admit(protocol string, state tls.ConnectionState) error {
-	if protocol != peer.ProtocolRaft && protocol != peer.ProtocolPeer {
+	want := map[string]string{peer.ProtocolRaft: api.RoleServer, peer.ProtocolPeer: api.RoleServer, tunnel.Protocol: api.RoleAgent}[protocol]
+	if want == "" {
 		return nil
 	}
 	who, ok := peer.IdentityOf(state)
 	if !ok {
-		return errors.New("servers show a certificate")
+		return fmt.Errorf("an %s shows a certificate", want)
 	}
 	role, node, ok := pki.Who(state.VerifiedChains[0][0])
-	if !ok || role != api.RoleServer {
-		return fmt.Errorf("%s is no server", who.Name)
+	if !ok || role != want {
+		return fmt.Errorf("%s is no %s", who.Name, want)
 	}
 	if protocol == peer.ProtocolRaft {
 		for o := range api.List[*api.Server](s.store.View(), "") {
@@ -174,6 +226,24 @@ func (s *server) admit(protocol string, state tls.ConnectionState) error {
 		}
 	}
 	return nil
+}
+
+// nodeOf is whose agent a connection is.
+func nodeOf(c net.Conn) (string, bool) {
+	t, ok := c.(*tls.Conn)
+	if !ok || len(t.ConnectionState().VerifiedChains) == 0 {
+		return "", false
+	}
+	role, node, ok := pki.Who(t.ConnectionState().VerifiedChains[0][0])
+	return node, ok && role == api.RoleAgent
+}
+
+// changedSelf has what this server says of itself told to the cluster.
+func (s *server) changedSelf() {
+	select {
+	case s.renewed <- struct{}{}:
+	default:
+	}
 }
 
 func (s *server) nodeNames() []string {
@@ -191,9 +261,13 @@ func NewCompiler() (*compile.Process, error) {
 
 // openGit opens the built-in repositories and the mirrors of external ones.
 func (s *server) openGit(ctx context.Context) (err error) {
+	if s.replica, err = s.newReplica(); err != nil {
+		return err
+	}
 	receiver := &delivery.Receiver{Pipeline: s.pipeline, Watch: pushWatch}
 	s.git, err = gitsource.NewServer(gitsource.ServerConfig{
 		Dir: s.cfg.dir("git"), Receiver: receiver, Logger: s.cfg.Log.With("part", "git"),
+		References: receiver, Replicas: s.replica, FromServer: s.fromServer,
 		Identity: func(r *http.Request) string {
 			who, _ := apiserver.IdentityFrom(r.Context())
 			return who.Name
@@ -208,6 +282,7 @@ func (s *server) openGit(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	s.replica.Attach(s.git)
 	if err := s.git.Init(ctx, BuiltIn); err != nil {
 		return err
 	}
@@ -229,8 +304,11 @@ func (s *server) newAPI() error {
 		Version: s.cfg.Version, Log: s.cfg.Log.With("part", "api"), Registerer: s.metrics,
 		Ready:   s.ready,
 		Metrics: promhttp.HandlerFor(s.metrics, promhttp.HandlerOpts{}),
-		Mount:   map[string]http.Handler{"/git/": s.git, clusterPath: s.clusterHandler(), join.RenewPath: joining.Renew()},
-		Open:    map[string]http.Handler{join.JoinPath: joining.Join()},
+		Mount: map[string]http.Handler{
+			"/git/": s.git, clusterPath: s.clusterHandler(), join.RenewPath: joining.Renew(),
+			backup.Path: &backup.Handler{Source: s.snapshotSource, Log: s.cfg.Log.With("part", "snapshots")},
+		},
+		Open: map[string]http.Handler{join.JoinPath: joining.Join()},
 	})
 	return err
 }
@@ -311,6 +389,9 @@ func (s *server) run(start func(name string, f func(context.Context) error)) {
 	start("peers", func(ctx context.Context) error { return rpc.Serve(ctx, s.peerL) })
 	start("api", func(ctx context.Context) error { return s.api.Serve(ctx, s.httpL) })
 	start("lead", s.lead)
+	start("tunnels", func(ctx context.Context) error { return s.tunnels.Serve(ctx, s.agentL) })
+	start("git", s.replica.Run)
+	start("keys", s.followKeys)
 	start("contacts", s.tell)
 	start("announce", s.announce)
 	start("credentials", s.keepCredentials)
@@ -387,6 +468,12 @@ func (s *server) close() {
 		if err := s.store.Close(); err != nil {
 			s.cfg.Log.Error("close store", "err", err)
 		}
+	}
+	if s.replica != nil {
+		s.replica.Close()
+	}
+	if s.gitPeers != nil {
+		s.gitPeers.client.CloseIdleConnections()
 	}
 	if s.peers != nil {
 		s.peers.Close()
