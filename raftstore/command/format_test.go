@@ -52,7 +52,7 @@ func parts(t testing.TB, tx command.Txn, size int) []command.Txn {
 	return txns
 }
 
-// needs is one transaction for everything that format 1 does not know.
+// needs2 is one transaction for everything that format 1 does not know.
 func needs2(t testing.TB) map[string]command.Txn {
 	out := map[string]command.Txn{
 		"part":           parts(t, create(pod()), 100)[1],
@@ -110,6 +110,27 @@ func TestFormatIsWrittenWhenAllReadIt(t *testing.T) {
 	}
 	if _, err := (command.Decoder{Max: 1}).Entry(entry); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestHiddenKind: a transaction that does not say that it has new kinds is refused in
+// every format, not only where it would be written too early.
+func TestHiddenKind(t *testing.T) {
+	data := encoded(t, create(server()))
+	flags := len("\x00\x00\x06system\x00")
+	if data[flags] != 16 {
+		t.Fatalf("the flags are not at %d of %x", flags, data)
+	}
+	data[flags] = 0
+	entry, err := command.EncodeEntry(command.Newest, data)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for format := byte(command.Oldest); format <= command.Newest; format++ {
+		entry[0] = format
+		if _, err := command.DecodeEntry(entry); !errors.Is(err, command.ErrMalformed) {
+			t.Fatalf("format %d: %v", format, err)
+		}
 	}
 }
 

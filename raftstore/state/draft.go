@@ -31,7 +31,7 @@ type draft struct {
 }
 
 func newDraft(s *State, index uint64, transactions int) *draft {
-	d := &draft{base: s, next: *s, edit: new(edit), index: index, events: make([]Event, 0, transactions)}
+	d := &draft{base: s, next: *s, edit: &edit{keys: transactions}, index: index, events: make([]Event, 0, transactions)}
 	d.next.tables = slices.Clone(s.tables)
 	return d
 }

@@ -2,6 +2,7 @@ package state
 
 import (
 	"iter"
+	"maps"
 	"slices"
 )
 
@@ -9,21 +10,22 @@ import (
 // It is part of the state machine: replicas with different values diverge.
 const HistorySize = 65536
 
-// sealAt is how many keys the young part of a history holds before it is sealed. It
-// shows in nothing but speed.
-const sealAt = HistorySize / 4
+// maxLevel is how many keys a level of a history holds at most. It shows in nothing
+// but speed and memory.
+const maxLevel = HistorySize / 4
 
 // history remembers the keys of the newest transactions and the revision that each
 // one led to. It is immutable between edits.
 //
-// Nearly every key is looked for once, and not found. So the young ones are in a tree,
-// which has versions but is slow to keep at this size, and the older ones in maps that
-// nobody writes to any more, of which the oldest goes when all in it are forgotten.
+// Nearly every key is looked for once, and not found, and comes from one of many
+// transactions in an entry. So an edit writes to a map of its own, and nobody writes to
+// a map any more once its edit is over. Neighbours of like size become one, so that
+// there are few; the oldest goes when all in it are forgotten.
 type history struct {
-	young tree[string, remembered]
-	old   []map[string]remembered // oldest first
-	next  uint64                  // sequence number of the next key
-	size  int                     // keys that are not forgotten
+	levels []map[string]remembered // oldest first
+	owner  *edit                   // of the last level
+	next   uint64                  // sequence number of the next key
+	size   int                     // keys that are not forgotten
 }
 
 // remembered is what is known of one key.
@@ -33,9 +35,9 @@ func (h *history) find(key string) (revision uint64, ok bool) {
 	if key == "" {
 		return 0, false
 	}
-	r, ok := h.young.get(key)
-	for i := len(h.old) - 1; i >= 0 && !ok; i-- {
-		r, ok = h.old[i][key]
+	var r remembered
+	for i := len(h.levels) - 1; i >= 0 && !ok; i-- {
+		r, ok = h.levels[i][key]
 	}
 	return r.revision, ok && h.age(r) <= h.size
 }
@@ -45,21 +47,35 @@ func (h *history) age(r remembered) int { return int(h.next - r.sequence) }
 
 // add remembers a key that find does not know, and forgets the oldest one.
 func (h *history) add(e *edit, key string, revision uint64) {
-	h.young.set(e, key, remembered{h.next, revision})
+	if h.owner != e || len(h.levels) == 0 {
+		h.begin(e)
+	}
+	h.levels[len(h.levels)-1][key] = remembered{h.next, revision}
 	h.next++
 	h.size = min(h.size+1, HistorySize)
-	if h.young.Len() < sealAt {
-		return
+}
+
+// begin adds a level that e may write to.
+func (h *history) begin(e *edit) {
+	levels := slices.Clone(h.levels)
+	for n := len(levels); n > 1; n-- {
+		older, newer := levels[n-2], levels[n-1]
+		if len(older) > 2*len(newer) || len(older)+len(newer) > maxLevel {
+			break
+		}
+		both := make(map[string]remembered, len(older)+len(newer))
+		maps.Copy(both, older)
+		maps.Copy(both, newer)
+		levels = append(levels[:n-2], both)
 	}
-	sealed := make(map[string]remembered, sealAt)
-	for key, r := range h.young.all() {
-		sealed[key] = r
+	newer := 0
+	for _, level := range levels[min(1, len(levels)):] {
+		newer += len(level)
 	}
-	h.old = append(slices.Clone(h.old), sealed)
-	if len(h.old) > HistorySize/sealAt {
-		h.old = h.old[1:]
+	if newer >= HistorySize {
+		levels = levels[1:]
 	}
-	h.young = tree[string, remembered]{}
+	h.levels, h.owner = append(levels, make(map[string]remembered, e.keys)), e
 }
 
 // all yields the keys with their revisions, oldest first.
@@ -74,13 +90,10 @@ func (h *history) all() iter.Seq2[string, uint64] {
 			sorted[h.size-age] = entry{key, r.revision}
 		}
 	}
-	for _, sealed := range h.old {
-		for key, r := range sealed {
+	for _, level := range h.levels {
+		for key, r := range level {
 			put(key, r)
 		}
-	}
-	for key, r := range h.young.all() {
-		put(key, r)
 	}
 	return func(yield func(string, uint64) bool) {
 		for _, e := range sorted {

@@ -20,7 +20,9 @@ type tree[K cmp.Ordered, V any] struct {
 
 // edit owns the nodes that were made under it. It must not be empty: two pointers to
 // empty structs may be equal.
-type edit struct{ _ byte }
+type edit struct {
+	keys int // how many transaction keys are likely to be remembered under it
+}
 
 // branch is a node: a leaf has values, one for each key, an inner node has kids. The
 // first key of an inner node is a lower bound of what its first kid holds, the others
