@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/hashicorp/raft"
 
@@ -200,6 +201,21 @@ func (s *Store) campaign() {
 	if err := s.cfg.Transport.TimeoutNow(id, address, &request, &raft.TimeoutNowResponse{}); err != nil {
 		s.log.Warn("standing for election at once", "error", err)
 	}
+}
+
+// Lag says how old this server's view may be: for how long it has not heard from the
+// leader, and how many entries it knows of and has not applied. A leader that lost its
+// quorum without knowing it calls itself up to date for up to LeaderLeaseTimeout.
+func (s *Store) Lag() string {
+	behind := s.raft.CommitIndex() - min(s.raft.CommitIndex(), s.raft.AppliedIndex())
+	last := s.raft.LastContact()
+	switch {
+	case s.IsLeader():
+		return "0s, this server leads"
+	case last.IsZero():
+		return "unknown, no leader was heard of since this server started"
+	}
+	return fmt.Sprintf("%s since the leader was heard of, %d entries to apply", time.Since(last).Round(time.Millisecond), behind)
 }
 
 // Progress says how far this server is.

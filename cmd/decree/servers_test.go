@@ -525,6 +525,7 @@ func TestServersLife(t *testing.T) {
 	})
 	t.Run("keys", func(t *testing.T) { p.t = t; p.rotateKeys(t) })
 	t.Run("CA", func(t *testing.T) { p.t = t; p.rotateCA(t) })
+	t.Run("stale", func(t *testing.T) { p.t = t; p.stale(t) })
 	t.Run("snapshot", func(t *testing.T) { p.t = t; p.snapshot(t) })
 	p.t = t
 }
@@ -654,6 +655,36 @@ func (p *controlPlane) rotateCA(t *testing.T) {
 	if now.CAs[0].Fingerprint != before.CAs[0].Fingerprint {
 		t.Error("the old CA is given up before the day that kubeconfigs have is over")
 	}
+}
+
+// stale: without a quorum nothing is written and nothing is read as if it were new; who
+// asks for what is at hand gets it, and is told how old it may be.
+func (p *controlPlane) stale(t *testing.T) {
+	get := func(flags ...string) (string, error) {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		cmd := exec.CommandContext(ctx, p.binary, append([]string{"get", "configmaps"}, flags...)...)
+		cmd.Env = append(os.Environ(), "DECREE_KUBECONFIG="+filepath.Join(p.servers[2].data, "admin.kubeconfig"))
+		out, err := cmd.CombinedOutput()
+		return string(out), err
+	}
+	p.kill(p.servers[0])
+	p.kill(p.servers[1])
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(100 * time.Millisecond) { // see ask
+		if _, err := get(); err != nil {
+			break
+		}
+		if time.Now().After(end) {
+			t.Fatal("a server without a quorum answers as if it had one")
+		}
+	}
+	out, err := get("--stale")
+	if err != nil || !strings.Contains(out, "a19") || !strings.Contains(out, "since the leader was heard of") && !strings.Contains(out, "this server leads") {
+		t.Errorf("a stale read: %v\n%s", err, out)
+	}
+	p.start(p.servers[0])
+	p.start(p.servers[1])
+	p.settled(3)
 }
 
 func (p *controlPlane) snapshot(t *testing.T) {

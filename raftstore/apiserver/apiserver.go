@@ -45,6 +45,9 @@ type Config struct {
 	Mount map[string]http.Handler
 	// Open adds handlers below a path that serve anybody, without a certificate.
 	Open map[string]http.Handler
+	// Lag says how old what this server has at hand may be, for reads that ask for no
+	// more (resourceVersion=0); nil: nothing is said.
+	Lag func() string
 	// Heard is told when a node reports; nil: nobody wants to know. It must not wait.
 	Heard func(node string, at time.Time)
 	Log   *slog.Logger // nil: slog.Default()

@@ -20,6 +20,9 @@ import (
 // server lives.
 var health = map[string]bool{"/livez": true, "/readyz": true, "/healthz": true}
 
+// LagHeader tells who reads what a server has at hand how old that may be.
+const LagHeader = "Decree-Lag"
+
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
@@ -63,6 +66,9 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			limit = s.cfg.Tree
 		}
 		r.Body = http.MaxBytesReader(rec, r.Body, limit)
+	}
+	if s.cfg.Lag != nil && r.Method == http.MethodGet && r.URL.Query().Get("resourceVersion") == "0" {
+		w.Header().Set(LagHeader, s.cfg.Lag())
 	}
 	r = r.WithContext(ctx)
 	if err := s.authorizePath(r, who); err != nil {

@@ -17,6 +17,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -30,6 +31,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/pki"
 )
 
@@ -47,6 +49,10 @@ type Config struct {
 	// renewed certificate is used without a restart.
 	Pair              pki.Pair
 	CertFile, KeyFile string
+
+	// Stale has reads answered with what the server has at hand, without a leader or a
+	// quorum: see [Client.Lag].
+	Stale bool
 
 	Timeout time.Duration // of a request that is not a stream; 30 s
 	Retries int           // more attempts after a lost connection or an overloaded server; 4, negative: none
@@ -75,6 +81,7 @@ func FromFiles(server, caFile, certFile, keyFile string) (Config, error) {
 type Client struct {
 	cfg  Config
 	base atomic.Pointer[url.URL]
+	lag  atomic.Pointer[string]
 	tls  *tls.Config
 	http *http.Client
 	log  *slog.Logger
@@ -147,6 +154,15 @@ func (c *Client) Close() { c.http.CloseIdleConnections() }
 
 // Server returns the address of the server that is asked now.
 func (c *Client) Server() string { return c.base.Load().String() }
+
+// Lag is how old the last answer to a Stale read may be, in words; empty if the server
+// did not say.
+func (c *Client) Lag() string {
+	if lag := c.lag.Load(); lag != nil {
+		return *lag
+	}
+	return ""
+}
 
 // turn goes on to the next server, unless somebody has done so already. It reports
 // whether there is another one.
@@ -225,6 +241,11 @@ func isStatus(err error) bool {
 func (c *Client) once(ctx context.Context, base *url.URL, r request) (*http.Response, error) {
 	u := *base
 	u.Path += r.path
+	if c.cfg.Stale && r.method == http.MethodGet && r.query.Get("watch") == "" {
+		q := url.Values{"resourceVersion": {"0"}}
+		maps.Copy(q, r.query)
+		r.query = q
+	}
 	u.RawQuery = r.query.Encode()
 	req, err := http.NewRequestWithContext(ctx, r.method, u.String(), bytes.NewReader(r.body))
 	if err != nil {
@@ -241,6 +262,9 @@ func (c *Client) once(ctx context.Context, base *url.URL, r request) (*http.Resp
 			err = ue.Err // the URL is said below, without its query
 		}
 		return nil, fmt.Errorf("%s %s%s: %w", r.method, base, r.path, err)
+	}
+	if lag := resp.Header.Get(apiserver.LagHeader); lag != "" {
+		c.lag.Store(&lag)
 	}
 	if resp.StatusCode >= 200 && resp.StatusCode < 300 {
 		return resp, nil

@@ -35,6 +35,7 @@ func (e *env) client() (*client.Client, error) {
 		return nil, err
 	}
 	cfg.Retries = 2 // a person waits
+	cfg.Stale = e.stale
 	return client.New(cfg)
 }
 

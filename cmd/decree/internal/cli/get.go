@@ -47,6 +47,7 @@ func getCmd(e *env) *cobra.Command {
 	f.BoolVarP(&g.all, "all-namespaces", "A", false, "objects of all namespaces")
 	f.BoolVarP(&g.watch, "watch", "w", false, "print changes as they happen")
 	f.BoolVar(&g.noHeaders, "no-headers", false, "no line of headers")
+	f.BoolVar(&e.stale, "stale", false, "read what the server has at hand, also without a leader; says how old that may be")
 	f.StringVarP(&g.labels, "selector", "l", "", "label selector, such as app=web")
 	f.StringVar(&g.field, "field-selector", "", "field selector, such as status.phase=Running")
 	return c
@@ -65,6 +66,13 @@ func (g *getter) start(ctx context.Context, args []string) (err error) {
 		return err
 	}
 	defer g.client.Close()
+	if e := g.env; e.stale {
+		defer func() {
+			if lag := g.client.Lag(); lag != "" {
+				fmt.Fprintf(e.Err, "decree: stale read: %s\n", lag)
+			}
+		}()
+	}
 	if g.output == "" || g.output == "wide" {
 		return g.tables(ctx, ts)
 	}

@@ -29,6 +29,7 @@ type env struct {
 	Streams
 	kubeconfig string // --kubeconfig
 	namespace  string // --namespace
+	stale      bool   // --stale
 }
 
 // exitCode ends the process with a status and no further text.

@@ -300,7 +300,7 @@ func (s *server) newAPI() error {
 		return err
 	}
 	s.api, err = apiserver.New(apiserver.Config{
-		Store: s.store, Nodes: s.nodes, Sources: &sources{s}, Heard: s.contacts.heard,
+		Store: s.store, Nodes: s.nodes, Sources: &sources{s}, Heard: s.contacts.heard, Lag: s.store.Lag,
 		Version: s.cfg.Version, Log: s.cfg.Log.With("part", "api"), Registerer: s.metrics,
 		Ready:   s.ready,
 		Metrics: promhttp.HandlerFor(s.metrics, promhttp.HandlerOpts{}),
