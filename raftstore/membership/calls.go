@@ -12,6 +12,7 @@ import (
 
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/peer"
+	"decree.dev/decree/raftstore/pki"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -22,12 +23,6 @@ const (
 	callServers  = "servers"
 	callRemove   = "remove"
 	callTransfer = "transfer"
-)
-
-// The common name and the group of a server's certificate.
-const (
-	ServerPrefix = "system:server:"
-	ServerGroup  = "system:servers"
 )
 
 // Handlers are the calls that a Keeper answers.
@@ -67,8 +62,8 @@ func (k *Keeper) Announce(ctx context.Context, servers []string) error {
 // admit takes down what a server says of itself, and adds it to the cluster if it is
 // new. A server that does not lead passes the word on, once.
 func (k *Keeper) admit(ctx context.Context, from peer.Identity, who Self) (any, error) {
-	passedOn := slices.Contains(from.Groups, ServerGroup) && from.Name != ServerPrefix+who.Node
-	if !slices.Contains(from.Groups, ServerGroup) {
+	passedOn := slices.Contains(from.Groups, pki.GroupServers) && from.Name != pki.ServerPrefix+who.Node
+	if !slices.Contains(from.Groups, pki.GroupServers) {
 		return nil, fmt.Errorf("%s is no server", from.Name)
 	}
 	if !k.Store.Leads() {

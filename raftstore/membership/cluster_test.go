@@ -46,7 +46,7 @@ func newCluster(t testing.TB) *cluster {
 // config is the TLS of a server called node.
 func (c *cluster) config(node string) *tls.Config {
 	c.t.Helper()
-	pair, err := c.ca.Issue(pki.Request{Name: membership.ServerPrefix + node, Groups: []string{membership.ServerGroup}, Hosts: []string{"decree-server"}}, time.Now())
+	pair, err := c.ca.Issue(pki.Request{Name: pki.ServerPrefix + node, Groups: []string{pki.GroupServers}, Hosts: []string{"decree-server"}}, time.Now())
 	if err != nil {
 		c.t.Fatal(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/raftstore/peer"
+	"decree.dev/decree/raftstore/pki"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -24,7 +25,7 @@ const turn = 50 * time.Millisecond
 func (k *Keeper) ConnectionEnded(who peer.Identity) {
 	id, address := k.Store.Leader()
 	leader, ok := api.Get[*api.Server](k.Store.View(), "", id)
-	if !ok || who.Name != ServerPrefix+leader.Spec.Node || k.Store.IsLeader() {
+	if !ok || who.Name != pki.ServerPrefix+leader.Spec.Node || k.Store.IsLeader() {
 		return
 	}
 	k.mu.Lock()
