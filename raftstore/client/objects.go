@@ -223,10 +223,10 @@ func (c *Client) WatchObjects(ctx context.Context, k *api.Kind, o WatchOptions) 
 	}
 }
 
-// WatchRaw begins a watch of a namespace and returns the stream as the server sends
-// it, one JSON event a line, for who counts and does not read.
-func (c *Client) WatchRaw(ctx context.Context, k *api.Kind, namespace string) (io.ReadCloser, error) {
-	q := url.Values{"watch": {"true"}, "sendInitialEvents": {"false"}, "resourceVersion": {"0"}}
+// WatchRaw begins a watch of a namespace after a revision and returns the stream as
+// the server sends it, one JSON event a line, for who counts and does not read.
+func (c *Client) WatchRaw(ctx context.Context, k *api.Kind, namespace string, after uint64) (io.ReadCloser, error) {
+	q := url.Values{"watch": {"true"}, "resourceVersion": {strconv.FormatUint(after, 10)}}
 	resp, err := c.once(ctx, c.base.Load(), request{method: http.MethodGet, path: Path(k, namespace, ""), query: q})
 	if err != nil {
 		return nil, err

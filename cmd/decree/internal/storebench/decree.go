@@ -251,7 +251,19 @@ func (d *decree) get(ctx context.Context, i int, stale bool) error {
 
 func (d *decree) watch(ctx context.Context, n *atomic.Int64) error {
 	k, _ := api.KindFor(api.ConfigMaps)
-	body, err := d.clients[0].WatchRaw(ctx, k, "default")
+	data, err := d.clients[0].Raw(ctx, http.MethodGet, "/api/v1/namespaces/default/configmaps", map[string][]string{"limit": {"1"}}, "", nil)
+	if err != nil {
+		return err
+	}
+	var list metav1.PartialObjectMetadataList
+	if err := json.Unmarshal(data, &list); err != nil {
+		return err
+	}
+	after, err := strconv.ParseUint(list.ResourceVersion, 10, 64)
+	if err != nil {
+		return err
+	}
+	body, err := d.clients[0].WatchRaw(ctx, k, "default", after)
 	if err != nil {
 		return err
 	}
