@@ -227,7 +227,7 @@ func (s *Store) startRaft() error {
 		}
 	}
 	var err error
-	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.storage.Log, s.storage.Stable, s.storage.Snapshots, s.cfg.Transport); err != nil {
+	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.storage.Log, s.storage.Stable, onlyNewer{s.storage.Snapshots}, s.cfg.Transport); err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
 	s.stopRaft = sync.OnceValue(s.shutdownRaft)
@@ -252,6 +252,9 @@ func (s *Store) raftConfig() *raft.Config {
 	cfg.SnapshotThreshold = s.cfg.SnapshotThreshold
 	cfg.SnapshotInterval = s.cfg.SnapshotInterval
 	cfg.TrailingLogs = s.cfg.TrailingLogs
+	// A leader that loses its vote or is removed follows from then on. Who runs the
+	// server decides whether it ends.
+	cfg.ShutdownOnRemove = false
 	return cfg
 }
 
