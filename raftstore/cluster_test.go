@@ -41,7 +41,9 @@ func newCluster(t *testing.T) *cluster {
 	return c
 }
 
-func (c *cluster) start(i int) {
+func (c *cluster) start(i int) { c.t.Helper(); c.startWith(i, func(*raftstore.Config) {}) }
+
+func (c *cluster) startWith(i int, edit func(*raftstore.Config)) {
 	c.t.Helper()
 	_, c.wires[i] = raft.NewInmemTransport(c.servers[i].Address)
 	for j, other := range c.wires {
@@ -50,10 +52,12 @@ func (c *cluster) start(i int) {
 			c.wires[i].Connect(c.servers[j].Address, other)
 		}
 	}
-	s, err := raftstore.Open(raftstore.Config{
+	cfg := raftstore.Config{
 		Dir: c.dirs[i], NodeID: string(c.servers[i].ID), Bootstrap: settings(), Servers: c.servers, Transport: c.wires[i],
 		HeartbeatTimeout: 150 * time.Millisecond, TrailingLogs: 5,
-	})
+	}
+	edit(&cfg)
+	s, err := raftstore.Open(cfg)
 	if err != nil {
 		c.t.Fatal(err)
 	}

@@ -15,7 +15,18 @@ import (
 // damaged. Nothing of it was used: see [Abandon].
 var ErrCorrupt = seal.ErrCorrupt
 
-// openVault opens what raft stores, and reads all of it: what is damaged must be known
+// openStorage opens what raft stores.
+func (s *Store) openStorage() (err error) {
+	if s.cfg.Storage == nil {
+		return s.openVault()
+	}
+	if s.storage, err = s.cfg.Storage(s.cfg.Dir); err != nil {
+		return fmt.Errorf("open the log: %w", err)
+	}
+	return nil
+}
+
+// openVault opens the sealed storage, and reads all of it: what is damaged must be known
 // before this server takes part in anything.
 func (s *Store) openVault() (err error) {
 	s.vault, err = seal.Open(seal.Config{
@@ -27,6 +38,8 @@ func (s *Store) openVault() (err error) {
 	if err != nil {
 		return fmt.Errorf("open the log: %w", err)
 	}
+	v := s.vault
+	s.storage = Storage{Log: v.Log, Stable: v.Stable, Snapshots: v.Snapshots, Disk: v.Disk, Close: v.Close}
 	begun := time.Now()
 	report, err := s.vault.Verify(context.Background())
 	if err != nil {
@@ -54,20 +67,24 @@ func Abandon(dir string) (string, error) {
 // watchDisk keeps a server with a full disk from leading: it could not write, and the
 // others can. It leads again when there is room. A broken disk stops the store.
 func (s *Store) watchDisk() {
+	disk := s.storage.Disk
+	if disk == nil {
+		return
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
 	probing := make(chan struct{})
 	go func() {
 		defer close(probing)
-		if err := s.vault.Disk.Run(ctx); err != nil && ctx.Err() == nil {
+		if err := disk.Run(ctx); err != nil && ctx.Err() == nil {
 			s.log.Warn("watching the disk", "error", err)
 		}
 	}()
 	defer func() { cancel(); <-probing }()
 	full := false
 	for {
-		changed := s.vault.Disk.Changed()
-		err := s.vault.Disk.Healthy()
+		changed := disk.Changed()
+		err := disk.Healthy()
 		switch {
 		case errors.Is(err, seal.ErrDisk):
 			s.fsm.fail(fmt.Errorf("%w: the disk is broken: %w", ErrFatal, err))
@@ -125,22 +142,36 @@ func (s *Store) alone() bool {
 
 // Trouble says what is wrong with this server's disk; empty if nothing is.
 func (s *Store) Trouble() string {
-	if err := s.vault.Disk.Healthy(); err != nil {
+	disk := s.storage.Disk
+	if disk == nil {
+		return ""
+	}
+	if err := disk.Healthy(); err != nil {
 		return err.Error()
 	}
-	if s.vault.Disk.Slow() {
+	if disk.Slow() {
 		return "slow disk"
 	}
 	return ""
 }
 
 // KeyEpoch is the epoch of the key that new entries and snapshots are encrypted with.
-func (s *Store) KeyEpoch() int64 { return int64(s.vault.Keys.Epoch()) }
+func (s *Store) KeyEpoch() int64 {
+	if s.vault == nil {
+		return 0
+	}
+	return int64(s.vault.Keys.Epoch())
+}
+
+var errNoKeys = errors.New("the storage was not opened by the store and has no keys")
 
 // RotateKeys encrypts everything that is written from now on with a key of an epoch,
 // unless there is one already. A snapshot lets the old log go; keys that nothing needs
 // any more are forgotten.
 func (s *Store) RotateKeys(epoch int64) error {
+	if s.vault == nil {
+		return fmt.Errorf("rotate keys: %w", errNoKeys)
+	}
 	if s.KeyEpoch() < epoch {
 		if err := s.vault.Rotate(uint64(epoch)); err != nil {
 			return fmt.Errorf("rotate keys: %w", err)
@@ -154,6 +185,9 @@ func (s *Store) RotateKeys(epoch int64) error {
 
 // PruneKeys forgets the keys that nothing on disk is encrypted with any more.
 func (s *Store) PruneKeys() error {
+	if s.vault == nil {
+		return fmt.Errorf("prune keys: %w", errNoKeys)
+	}
 	n, err := s.vault.Prune()
 	if n > 0 {
 		s.log.Info("old keys forgotten", "keys", n)

@@ -30,17 +30,23 @@ const (
 // deliver brings an encoded transaction to the leader. again allows to try anew when
 // the outcome is unknown.
 func (s *Store) deliver(ctx context.Context, data []byte, again bool) (command.Result, error) {
+	var lost error // of an attempt whose outcome is unknown
 	for wait := firstLook; ; wait = min(2*wait, lastLook) {
 		changed := s.LeaderChange()
 		result, err := s.deliverOnce(ctx, data)
+		retry := false
 		switch {
-		case err == nil, s.cfg.Peers == nil, ctx.Err() != nil:
-			return result, err
-		case errors.Is(err, ErrNotLeader), again && errors.Is(err, ErrLeadershipLost):
-		default:
-			return result, err
+		case err == nil:
+			return result, nil
+		case errors.Is(err, ErrLeadershipLost):
+			retry, lost = again, err
+		case errors.Is(err, ErrNotLeader):
+			retry = true
+			if lost != nil { // that this attempt did nothing says nothing about the earlier one
+				err = lost
+			}
 		}
-		if !s.await(ctx, changed, wait) {
+		if !retry || s.cfg.Peers == nil || !s.await(ctx, changed, wait) {
 			return result, err
 		}
 	}

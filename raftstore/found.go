@@ -2,6 +2,7 @@ package raftstore
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -17,8 +18,20 @@ type Storage struct {
 	Log       raft.LogStore
 	Stable    raft.StableStore
 	Snapshots raft.SnapshotStore
+	// Disk is watched, so that a server with a full disk does not lead. Nil: it is
+	// taken to be well.
+	Disk DiskHealth
 	// Close releases everything.
 	Close func() error
+}
+
+// DiskHealth tells how a disk is doing. [seal.Disk] is one, and says what its methods
+// do.
+type DiskHealth interface {
+	Run(ctx context.Context) error
+	Changed() <-chan struct{}
+	Healthy() error
+	Slow() bool
 }
 
 // Founding says how a cluster begins with a state that exists already.
@@ -78,7 +91,7 @@ func OpenStorage(dir, masterKey string) (Storage, error) {
 	if err != nil {
 		return Storage{}, fmt.Errorf("open the log: %w", err)
 	}
-	return Storage{Log: v.Log, Stable: v.Stable, Snapshots: v.Snapshots, Close: v.Close}, nil
+	return Storage{Log: v.Log, Stable: v.Stable, Snapshots: v.Snapshots, Disk: v.Disk, Close: v.Close}, nil
 }
 
 // write makes raft begin with one snapshot and an empty log. The configuration with

@@ -82,6 +82,11 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	if err != nil {
 		return err
 	}
+	// A leader that takes this server for further behind than it is may send an old
+	// snapshot, and raft would go back to it, though the log in between is gone.
+	if have := f.state.Load(); s.Index() < have.Index() {
+		return fmt.Errorf("restore a snapshot of index %d: this server is at %d already", s.Index(), have.Index())
+	}
 	f.hub.reset(s.Revision(), func() { f.swap(s) })
 	return nil
 }

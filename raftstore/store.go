@@ -56,6 +56,9 @@ type Config struct {
 	// the log holds what it must not skip. Every later call of the store fails.
 	Fatal func(error)
 
+	// Storage opens what raft keeps on disk. Nil: sealed, in Dir, with the keys that
+	// [Store.RotateKeys] is about; with another one there are none.
+	Storage func(dir string) (Storage, error)
 	// MasterKey is the file with the key that wraps the keys of everything on disk;
 	// keys/master.key in Dir when empty.
 	MasterKey string
@@ -113,7 +116,8 @@ type Store struct {
 	log      *slog.Logger
 	metrics  *metrics
 	identity *identity
-	vault    *seal.Vault
+	storage  Storage
+	vault    *seal.Vault // nil with a Storage of the caller's
 	raft     *raft.Raft
 	fsm      *fsm
 	hub      *hub
@@ -206,7 +210,7 @@ func Open(cfg Config) (_ *Store, err error) {
 // startRaft opens the log, makes a new cluster if there is none, and starts raft.
 func (s *Store) startRaft() error {
 	logger := RaftLogger(s.log)
-	if err := s.openVault(); err != nil {
+	if err := s.openStorage(); err != nil {
 		return err
 	}
 	if err := syncDir(s.cfg.Dir); err != nil {
@@ -223,7 +227,7 @@ func (s *Store) startRaft() error {
 		}
 	}
 	var err error
-	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.vault.Log, s.vault.Stable, s.vault.Snapshots, s.cfg.Transport); err != nil {
+	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.storage.Log, s.storage.Stable, onlyNewer{s.storage.Snapshots}, s.cfg.Transport); err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
 	s.stopRaft = sync.OnceValue(s.shutdownRaft)
@@ -248,12 +252,15 @@ func (s *Store) raftConfig() *raft.Config {
 	cfg.SnapshotThreshold = s.cfg.SnapshotThreshold
 	cfg.SnapshotInterval = s.cfg.SnapshotInterval
 	cfg.TrailingLogs = s.cfg.TrailingLogs
+	// A leader that loses its vote or is removed follows from then on. Who runs the
+	// server decides whether it ends.
+	cfg.ShutdownOnRemove = false
 	return cfg
 }
 
 // bootstrapRaft writes the first configuration, unless the folder has one.
 func (s *Store) bootstrapRaft(cfg *raft.Config) error {
-	exists, err := raft.HasExistingState(s.vault.Log, s.vault.Stable, s.vault.Snapshots)
+	exists, err := raft.HasExistingState(s.storage.Log, s.storage.Stable, s.storage.Snapshots)
 	if err != nil {
 		return fmt.Errorf("read the log: %w", err)
 	}
@@ -264,7 +271,7 @@ func (s *Store) bootstrapRaft(cfg *raft.Config) error {
 	if servers == nil {
 		servers = []raft.Server{{ID: cfg.LocalID, Address: s.cfg.Transport.LocalAddr()}}
 	}
-	if err := raft.BootstrapCluster(cfg, s.vault.Log, s.vault.Stable, s.vault.Snapshots, s.cfg.Transport, raft.Configuration{Servers: servers}); err != nil {
+	if err := raft.BootstrapCluster(cfg, s.storage.Log, s.storage.Stable, s.storage.Snapshots, s.cfg.Transport, raft.Configuration{Servers: servers}); err != nil {
 		return fmt.Errorf("make a new cluster: %w", err)
 	}
 	return nil
@@ -399,8 +406,8 @@ func (s *Store) release() error {
 	if s.metrics != nil {
 		s.metrics.unregister(s.cfg.Metrics)
 	}
-	if s.vault != nil {
-		errs = append(errs, s.vault.Close())
+	if s.storage.Close != nil {
+		errs = append(errs, s.storage.Close())
 	}
 	if s.identity != nil {
 		errs = append(errs, s.identity.release())

@@ -1,0 +1,224 @@
+package raftsim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"decree.dev/decree/raftstore"
+	"decree.dev/decree/raftstore/state"
+)
+
+// cluster is everything that a seed makes.
+type cluster struct {
+	options Options
+	size    int // servers at the beginning; one more waits to be joined
+	rnd     *rand.Rand
+	trace   *trace
+	net     *network
+	servers []*server
+
+	snapshotThreshold, trailingLogs uint64
+	historyEvents                   int
+
+	recorder *recorder
+	history  *history
+	watchers []*watcher
+	nemesis  *nemesis
+	final    final
+
+	ctx  context.Context
+	end  context.CancelFunc
+	work sync.WaitGroup // goroutines that end with ctx
+	tick atomic.Int64   // orders the beginnings and ends of operations
+
+	mu       sync.Mutex
+	failures []string
+}
+
+func newCluster(o Options) *cluster {
+	rnd := stream(o.Seed, "cluster")
+	c := &cluster{options: o, size: 3 + 2*rnd.IntN(2), rnd: rnd, trace: newTrace(o.Trace)}
+	c.net = newNetwork(stream(o.Seed, "network"), c.trace)
+	c.ctx, c.end = context.WithCancel(context.Background())
+	c.snapshotThreshold, c.trailingLogs = uint64(15+rnd.IntN(60)), uint64(2+rnd.IntN(30))
+	c.historyEvents = 40 + rnd.IntN(200)
+	c.recorder, c.history = newRecorder(c), &history{}
+	c.nemesis = newNemesis(c)
+	for i := range c.size + 1 {
+		id := fmt.Sprint("s", i)
+		s := &server{cluster: c, id: id, first: i < c.size, disk: newDisk(id, stream(o.Seed, "disk "+id), c.trace)}
+		s.disk.lies = o.LyingDisks
+		c.servers = append(c.servers, s)
+	}
+	return c
+}
+
+// founders are the first servers.
+func (c *cluster) founders() []raft.Server {
+	var list []raft.Server
+	for _, s := range c.servers {
+		if s.first {
+			list = append(list, raft.Server{ID: raft.ServerID(s.id), Address: s.address()})
+		}
+	}
+	return list
+}
+
+// fail notes that a check did not hold.
+func (c *cluster) fail(format string, args ...any) {
+	text := fmt.Sprintf(format, args...)
+	c.trace.add("FAILURE %s", text)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.failures) < 20 && !slices.Contains(c.failures, text) {
+		c.failures = append(c.failures, text)
+	}
+}
+
+// logger puts what a store says into the trace, when somebody reads that.
+func (c *cluster) logger(id string) *slog.Logger {
+	if c.options.Trace == nil {
+		return nil
+	}
+	return slog.New(slog.NewTextHandler(logLines{c.options.Trace, id}, &slog.HandlerOptions{Level: slog.LevelDebug}))
+}
+
+type logLines struct {
+	tell func(string)
+	id   string
+}
+
+func (l logLines) Write(b []byte) (int, error) {
+	l.tell(l.id + " " + strings.TrimSuffix(string(b), "\n"))
+	return len(b), nil
+}
+
+// run is a whole run: work under faults, then peace, then the checks.
+func (c *cluster) run() {
+	for _, s := range c.servers {
+		if err := s.start(); err != nil {
+			c.fail("%v", err)
+			return
+		}
+	}
+	if !c.prepare() {
+		return
+	}
+	working, stop := context.WithTimeout(c.ctx, c.options.Faults)
+	defer stop()
+	watching, quiet := context.WithCancel(c.ctx)
+	defer quiet()
+	var clients, rest sync.WaitGroup
+	for i := range 4 + c.rnd.IntN(4) {
+		clients.Go(func() { newClient(c, i).work(working) })
+	}
+	for i := range 3 {
+		w := &watcher{cluster: c, name: fmt.Sprint("watcher ", i)}
+		c.watchers = append(c.watchers, w)
+		rest.Go(func() { w.keep(watching) })
+	}
+	rest.Go(func() { c.sample(watching) })
+	c.nemesis.work(working)
+	clients.Wait()
+	c.nemesis.heal()
+	quiet()
+	rest.Wait()
+	if c.settle() {
+		c.check()
+	}
+}
+
+// sample compares the servers' states while they change.
+func (c *cluster) sample(ctx context.Context) {
+	for ctx.Err() == nil {
+		for _, s := range c.servers {
+			if r := s.current(); r != nil {
+				c.recorder.compare(r)
+			}
+		}
+		c.pause(ctx, 200*time.Millisecond)
+	}
+}
+
+// pause waits.
+func (c *cluster) pause(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+}
+
+// within is ctx, but ends with the run and after d.
+func (c *cluster) within(ctx context.Context, r *run, d time.Duration) (context.Context, context.CancelFunc) {
+	both, cancel := context.WithTimeout(ctx, d)
+	stop := context.AfterFunc(r.ctx, cancel)
+	return both, func() { stop(); cancel() }
+}
+
+// any returns a server that runs, nil if none does.
+func (c *cluster) any(rnd *rand.Rand) *run {
+	var list []*run
+	for _, s := range c.servers {
+		if r := s.current(); r != nil {
+			list = append(list, r)
+		}
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	return list[rnd.IntN(len(list))]
+}
+
+// read reads from a server. ok is false if it did not answer before it crashed.
+func (c *cluster) read(ctx context.Context, r *run, d time.Duration) (_ *state.State, ok bool) {
+	ctx, cancel := c.within(ctx, r, d)
+	defer cancel()
+	if c.options.DirtyReads {
+		view := r.store.View()
+		return view, view.Settings() != nil
+	}
+	view, err := r.store.Read(ctx)
+	if err != nil && !expected(err) {
+		c.fail("read from %s: %v", r.server.id, err)
+	}
+	return view, err == nil && !r.dead.Load()
+}
+
+// expected reports whether an error is one that a store documents for such times.
+func expected(err error) bool {
+	for _, e := range []error{
+		raftstore.ErrNotLeader, raftstore.ErrLeadershipLost, raftstore.ErrClosed, context.Canceled, context.DeadlineExceeded, errCrashed,
+	} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
+}
+
+// members are the servers of the configuration that the leader knows, by id; nil while
+// nobody leads.
+func (c *cluster) members() (*run, map[string]raftstore.Member) {
+	for _, s := range c.servers {
+		if r := s.current(); r != nil && r.store.Leads() {
+			found := map[string]raftstore.Member{}
+			for _, m := range r.store.Members() {
+				found[m.ID] = m
+			}
+			return r, found
+		}
+	}
+	return nil, nil
+}

@@ -1,0 +1,257 @@
+package raftsim
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/raft"
+
+	"decree.dev/decree/raftstore"
+	"decree.dev/decree/raftstore/command"
+)
+
+// server is one machine: its disk, and the process on it while there is one.
+type server struct {
+	cluster *cluster
+	id      string
+	first   bool         // one of the first servers of the cluster
+	clock   atomic.Int64 // how far its clock is off, in nanoseconds
+
+	// mu is never held while fake time passes: in a bubble, waiting for a mutex is not
+	// waiting, and time would stand still.
+	mu       sync.Mutex
+	disk     *disk
+	run      *run // nil while it is down
+	starting bool
+	runs     int
+	dir      string // of the newest run
+}
+
+// run is one process, from start to crash.
+type run struct {
+	server *server
+	store  *raftstore.Store
+	wire   *wire
+	told   uint64      // up to here the recorder knows; guarded by its mutex
+	dead   atomic.Bool // it crashed: nobody hears of what it still does
+	ctx    context.Context
+	end    context.CancelCauseFunc
+
+	closing atomic.Bool
+	closed  chan struct{}
+	failed  error // of closing
+}
+
+// close closes the store, whose own Close must not be called while another one waits.
+func (r *run) close() error {
+	if r.closing.CompareAndSwap(false, true) {
+		r.failed = r.store.Close()
+		close(r.closed)
+	}
+	<-r.closed
+	return r.failed
+}
+
+var errCrashed = errors.New("the server crashed")
+
+func (s *server) address() raft.ServerAddress { return raft.ServerAddress(s.id) }
+
+func (s *server) current() *run {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.run
+}
+
+// now is the server's own clock.
+func (s *server) now() time.Time { return time.Now().Add(time.Duration(s.clock.Load())) }
+
+// folder makes the folder of the next run, with the identity of the one before. It is a
+// new one because the old run may still hold the lock of its own.
+func (s *server) folder() (string, error) {
+	dir := filepath.Join(s.cluster.options.Dir, fmt.Sprintf("%s-%d", s.id, s.runs))
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		return "", fmt.Errorf("start %s: %w", s.id, err)
+	}
+	if s.dir != "" {
+		const name = "identity.json"
+		data, err := os.ReadFile(filepath.Join(s.dir, name))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(dir, name), data, 0o600)
+		}
+		if err != nil {
+			return "", fmt.Errorf("start %s: %w", s.id, err)
+		}
+	}
+	return dir, nil
+}
+
+// start starts the server if it is down.
+func (s *server) start() error {
+	s.mu.Lock()
+	if s.run != nil || s.starting {
+		s.mu.Unlock()
+		return nil
+	}
+	s.starting = true
+	s.runs++
+	dir, err := s.folder()
+	disk := s.disk
+	s.mu.Unlock()
+	r := &run{server: s, wire: newWire(s.cluster.net, s), closed: make(chan struct{})}
+	if err == nil {
+		r.store, err = raftstore.Open(s.config(r, dir, disk))
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.starting = false
+	if err != nil {
+		return fmt.Errorf("start %s: %w", s.id, err)
+	}
+	c := s.cluster
+	r.ctx, r.end = context.WithCancelCause(c.ctx)
+	s.run, s.dir = r, dir
+	c.net.plug(s.address(), r.wire)
+	c.trace.add("%s started", s.id)
+	c.work.Go(func() { c.recorder.follow(r) })
+	return nil
+}
+
+func (s *server) config(r *run, dir string, d *disk) raftstore.Config {
+	c := s.cluster
+	cfg := raftstore.Config{
+		Dir: dir, NodeID: s.id, Transport: r.wire, Peers: &peers{r}, Storage: d.storage, Logger: c.logger(s.id),
+		Fatal:             func(err error) { c.fail("%s stopped for good: %v", s.id, err) },
+		SnapshotThreshold: c.snapshotThreshold, SnapshotInterval: 700 * time.Millisecond, TrailingLogs: c.trailingLogs,
+		HistoryEvents: c.historyEvents,
+	}
+	if s.first {
+		cfg.Bootstrap, cfg.Servers = settings(), c.founders()
+	}
+	return cfg
+}
+
+// crash ends the process at once. What is left of it can do no harm.
+func (s *server) crash() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.run
+	if r == nil {
+		return
+	}
+	s.cluster.recorder.drain(r)
+	s.run = nil
+	r.dead.Store(true)
+	s.cluster.net.plug(s.address(), nil)
+	s.disk = s.disk.crash()
+	r.end(errCrashed)
+	r.wire.Close()
+	s.cluster.work.Go(func() { r.close() }) // its goroutines have to end some time
+}
+
+// stop is a restart of the well-behaved kind.
+func (s *server) stop() {
+	r := s.current()
+	if r == nil {
+		return
+	}
+	if err := r.close(); err != nil && !r.dead.Load() {
+		s.cluster.fail("stop %s: %v", s.id, err)
+	}
+	s.cluster.trace.add("%s stopped", s.id)
+	if s.current() == r {
+		s.crash()
+	}
+}
+
+func settings() *command.Bootstrap {
+	return &command.Bootstrap{
+		ClusterID:   "0123456789abcdef0123456789abcdef",
+		ServiceCIDR: netip.MustParsePrefix("10.97.0.0/16"),
+		PodCIDR:     netip.MustParsePrefix("10.98.0.0/16"),
+		NodeMask:    24,
+		DNS:         netip.MustParseAddr("10.97.0.10"),
+	}
+}
+
+// peers carries what stores ask each other. It implements raftstore.Peers. These calls
+// travel in a stream, so none comes twice; but one may come late, when who asked has
+// given up.
+type peers struct{ run *run }
+
+// breakAfter is how long a call may take until the connection counts as broken.
+const breakAfter = 700 * time.Millisecond
+
+// Propose implements raftstore.Peers.
+func (p *peers) Propose(ctx context.Context, to string, txn []byte) (command.Result, error) {
+	return ask(ctx, p.run, to, "propose", func(ctx context.Context, s *raftstore.Store, done func(command.Result, error)) {
+		if err := s.ProposeEncoded(ctx, txn, done); err != nil {
+			done(command.Result{}, err)
+		}
+	})
+}
+
+// ReadIndex implements raftstore.Peers.
+func (p *peers) ReadIndex(ctx context.Context, to string) (uint64, error) {
+	return ask(ctx, p.run, to, "read index", func(ctx context.Context, s *raftstore.Store, done func(uint64, error)) {
+		done(s.ReadIndex(ctx))
+	})
+}
+
+// ask sends a question and waits for the answer, which may be lost as any message.
+func ask[T any](ctx context.Context, r *run, to, what string, question func(context.Context, *raftstore.Store, func(T, error))) (T, error) {
+	type answer struct {
+		value T
+		err   error
+	}
+	var zero T
+	net, from, target := r.wire.net, r.wire.addr, raft.ServerAddress(to)
+	if !r.wire.plugged() || !net.reaches(from, target) {
+		select { // it takes a while to find out
+		case <-time.After(breakAfter / 10):
+		case <-ctx.Done():
+		}
+		return zero, fmt.Errorf("%w: %s %w", raftstore.ErrNotLeader, to, errCut)
+	}
+	answers := make(chan answer, 1)
+	net.carry(from, target, what, false, func(w *wire) {
+		other := w.server.current()
+		if other == nil || other.wire != w {
+			return
+		}
+		question(other.ctx, other.store, func(v T, err error) {
+			if !other.dead.Load() {
+				net.carry(target, from, fmt.Sprintf("%s answer %v %v", what, v, err), false, func(*wire) { answers <- answer{v, overTheWire(err)} })
+			}
+		})
+	})
+	timer := time.NewTimer(breakAfter)
+	defer timer.Stop()
+	select {
+	case a := <-answers:
+		return a.value, a.err
+	case <-timer.C:
+		return zero, fmt.Errorf("%w: %s to %s: %w", raftstore.ErrLeadershipLost, what, to, errTimeout)
+	case <-ctx.Done():
+		return zero, fmt.Errorf("%w: %s to %s: %w", raftstore.ErrLeadershipLost, what, to, context.Cause(ctx))
+	}
+}
+
+// overTheWire is what is left of an error in raftstore/peer's protocol.
+func overTheWire(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, raftstore.ErrNotLeader):
+		return fmt.Errorf("%w (%v)", raftstore.ErrNotLeader, err)
+	case errors.Is(err, raftstore.ErrLeadershipLost), errors.Is(err, raftstore.ErrClosed), errors.Is(err, raftstore.ErrFatal):
+		return fmt.Errorf("%w (%v)", raftstore.ErrLeadershipLost, err)
+	}
+	return errors.New(err.Error())
+}
