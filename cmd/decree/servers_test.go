@@ -48,12 +48,15 @@ type serverProcess struct {
 	ended                            chan struct{}
 }
 
+// planes counts: the links of one that has ended go a little later than it does.
+var planes atomic.Int32
+
 const planeSubnet = "10.213.77."
 
 // newControlPlane starts n servers that vote.
 func newControlPlane(t *testing.T, n int) *controlPlane {
 	t.Helper()
-	p := &controlPlane{t: t, binary: program(t), dir: t.TempDir(), prefix: fmt.Sprintf("dt%d", os.Getpid()%10000)}
+	p := &controlPlane{t: t, binary: program(t), dir: t.TempDir(), prefix: fmt.Sprintf("dt%d%c", os.Getpid()%10000, 'a'+rune(planes.Add(1)))}
 	t.Cleanup(p.remove)
 	p.ip("link", "add", p.prefix, "type", "bridge")
 	p.ip("addr", "add", planeSubnet+"254/24", "dev", p.prefix)
@@ -101,6 +104,7 @@ func (p *controlPlane) remove() {
 			log, _ := os.ReadFile(s.data + ".log")
 			p.t.Logf("log of %s:\n%s", s.name, log[max(0, len(log)-3000):])
 		}
+		exec.Command("ip", "link", "del", s.link).Run()
 		exec.Command("ip", "netns", "del", s.netns).Run()
 	}
 	exec.Command("ip", "link", "del", p.prefix).Run()
