@@ -122,3 +122,30 @@ func TestReplay(t *testing.T) {
 		runs[j.Seed] = result
 	})
 }
+
+// TestFaultsAreFound breaks what a cluster rests on: the checks must notice.
+func TestFaultsAreFound(t *testing.T) {
+	for name, edit := range map[string]func(*job){
+		"disks that acknowledge too early": func(j *job) { j.LyingDisks = true },
+		"reads of whatever is there":       func(j *job) { j.DirtyReads = true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			const n = 20
+			found := 0
+			each(seeds(1, n, edit), func(_ job, r *raftsim.Report, err error) {
+				if err != nil { // hashicorp/raft panics when its log has lost entries
+					found++
+					return
+				}
+				if err := r.Err(); err != nil {
+					found++
+					t.Log(err)
+				}
+			})
+			t.Logf("found with %d of %d seeds", found, n)
+			if found < n/4 {
+				t.Error("too seldom: the checks are blind")
+			}
+		})
+	}
+}
