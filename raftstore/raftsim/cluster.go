@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -90,16 +89,15 @@ func (c *cluster) logger(id string) *slog.Logger {
 	if c.options.Trace == nil {
 		return nil
 	}
-	return slog.New(slog.NewTextHandler(logLines{c.options.Trace, id}, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	return slog.New(slog.NewTextHandler(logLines{c.options.Trace}, &slog.HandlerOptions{Level: slog.LevelDebug})).With("server", id)
 }
 
 type logLines struct {
-	tell func(string)
-	id   string
+	tell func([]byte)
 }
 
 func (l logLines) Write(b []byte) (int, error) {
-	l.tell(l.id + " " + strings.TrimSuffix(string(b), "\n"))
+	l.tell(b)
 	return len(b), nil
 }
 

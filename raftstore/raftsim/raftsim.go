@@ -28,8 +28,9 @@ type Options struct {
 	LyingDisks bool
 	// DirtyReads answer reads from whatever state a server has. The checks must find that.
 	DirtyReads bool
-	// Trace, when not nil, is told of every event.
-	Trace func(line string) `json:"-"`
+	// Trace, when not nil, is told of every event, and what servers log. It must not keep
+	// the line. A run is another one with it than without.
+	Trace func(line []byte) `json:"-"`
 }
 
 // Report is what came of a run. It follows from the seed, if goroutines were scheduled

@@ -185,7 +185,7 @@ func settings() *command.Bootstrap {
 // given up.
 type peers struct{ run *run }
 
-// breakAfter is how long a call may take until the connection counts as broken.
+// breakAfter is how long a call may take until the connection counts as broken, at most.
 const breakAfter = 700 * time.Millisecond
 
 // Propose implements raftstore.Peers.
@@ -231,7 +231,7 @@ func ask[T any](ctx context.Context, r *run, to, what string, question func(cont
 			}
 		})
 	})
-	timer := time.NewTimer(breakAfter)
+	timer := time.NewTimer(net.patience())
 	defer timer.Stop()
 	select {
 	case a := <-answers:
