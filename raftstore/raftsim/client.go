@@ -118,7 +118,7 @@ func newClient(c *cluster, id int) *client {
 func (c *client) work(ctx context.Context) {
 	for ctx.Err() == nil {
 		c.perform(ctx, c.draw())
-		c.cluster.pause(ctx, between(c.rnd, 0, 100*time.Millisecond))
+		c.cluster.pause(ctx, between(c.rnd, 0, 50*time.Millisecond))
 	}
 }
 
