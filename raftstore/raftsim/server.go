@@ -155,16 +155,29 @@ func (s *server) crash() {
 	s.cluster.work.Go(func() { r.close() }) // its goroutines have to end some time
 }
 
-// stop is a restart of the well-behaved kind.
+// stopTime is how long a server may take to stop before it is killed.
+const stopTime = 30 * time.Second
+
+// stop is a restart of the well-behaved kind. hashicorp/raft 1.7.3 does not always stop:
+// then the process is killed, as whoever supervises it would do.
 func (s *server) stop() {
 	r := s.current()
 	if r == nil {
 		return
 	}
-	if err := r.close(); err != nil && !r.dead.Load() {
-		s.cluster.fail("stop %s: %v", s.id, err)
+	go func() {
+		if err := r.close(); err != nil && !r.dead.Load() {
+			s.cluster.fail("stop %s: %v", s.id, err)
+		}
+	}()
+	timer := time.NewTimer(stopTime)
+	defer timer.Stop()
+	select {
+	case <-r.closed:
+		s.cluster.trace.add("%s stopped", s.id)
+	case <-timer.C:
+		s.cluster.nemesis.count("stop that took for ever")
 	}
-	s.cluster.trace.add("%s stopped", s.id)
 	if s.current() == r {
 		s.crash()
 	}
