@@ -65,15 +65,9 @@ func (c *cluster) eachMember(ctx context.Context, complaint string, do func(cont
 	return true
 }
 
-// stuckTime is after which a leader that serves nobody is restarted.
-const stuckTime = 20 * time.Second
-
 // isMember asks the leader, when there is one.
-//
-// A leader of hashicorp/raft 1.7.3 can be stuck in handing over the lead: it goes on to
-// lead and refuses everything. Nothing but a restart helps; the report counts them.
 func (c *cluster) isMember(ctx context.Context, s *server) bool {
-	for begun := time.Now(); ; {
+	for {
 		if lead, members := c.members(); lead != nil {
 			_, ok := members[s.id]
 			return ok
@@ -81,25 +75,7 @@ func (c *cluster) isMember(ctx context.Context, s *server) bool {
 		if ctx.Err() != nil {
 			return true
 		}
-		if time.Since(begun) > stuckTime {
-			begun = time.Now()
-			c.restartStuck()
-		}
 		c.pause(ctx, 20*time.Millisecond)
-	}
-}
-
-func (c *cluster) restartStuck() {
-	for _, s := range c.servers {
-		r := s.current()
-		if r == nil || !r.store.IsLeader() {
-			continue
-		}
-		c.nemesis.count("leader that was stuck")
-		s.crash()
-		if err := s.start(); err != nil {
-			c.fail("%v", err)
-		}
 	}
 }
 

@@ -155,11 +155,10 @@ func (s *server) crash() {
 	s.cluster.work.Go(func() { r.close() }) // its goroutines have to end some time
 }
 
-// stopTime is how long a server may take to stop before it is killed.
+// stopTime is how long a server may take to stop.
 const stopTime = 30 * time.Second
 
-// stop is a restart of the well-behaved kind. hashicorp/raft 1.7.3 does not always stop:
-// then the process is killed, as whoever supervises it would do.
+// stop stops a server in an orderly way.
 func (s *server) stop() {
 	r := s.current()
 	if r == nil {
@@ -176,7 +175,7 @@ func (s *server) stop() {
 	case <-r.closed:
 		s.cluster.trace.add("%s stopped", s.id)
 	case <-timer.C:
-		s.cluster.nemesis.count("stop that took for ever")
+		s.cluster.fail("%s does not stop", s.id)
 	}
 	if s.current() == r {
 		s.crash()
