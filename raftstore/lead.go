@@ -38,6 +38,7 @@ func (s *Store) lead() {
 	// Other servers may say at any time that they understand more.
 	formats := time.NewTicker(formatEvery)
 	defer formats.Stop()
+	stuck := false
 	for {
 		if s.IsLeader() {
 			s.settleFormat()
@@ -54,12 +55,26 @@ func (s *Store) lead() {
 		case <-changes:
 		case <-s.fsm.settled:
 		case <-formats.C:
+			if was := stuck; s.stuck(&stuck) && was {
+				s.campaign()
+			}
 			if s.Leads() {
 				s.settleFormat()
 				continue
 			}
 		}
 	}
+}
+
+// stuck notes whether this server stands for election and yet takes another one for the
+// leader. That is a mistake of hashicorp/raft 1.7.3, which it does not get out of: a
+// message of a leader that comes after the one with which it hands over is taken down,
+// and from then on the candidate refuses its vote to everybody, because there is a
+// leader. Standing again as at a handover forgets that one.
+func (s *Store) stuck(now *bool) bool {
+	id, _ := s.Leader()
+	*now = s.raft.State() == raft.Candidate && id != "" && id != s.cfg.NodeID
+	return *now
 }
 
 // establish makes a new leader fit to serve.

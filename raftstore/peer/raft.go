@@ -33,6 +33,9 @@ type RaftTransport struct {
 	once   sync.Once
 }
 
+// rpcTimeout is how long raft waits for another server.
+const rpcTimeout = 10 * time.Second
+
 // NewRaftTransport returns a transport. The store closes it.
 func NewRaftTransport(cfg RaftConfig) *RaftTransport {
 	if cfg.Log == nil {
@@ -43,7 +46,7 @@ func NewRaftTransport(cfg RaftConfig) *RaftTransport {
 		Stream:          &streams{RaftConfig: cfg},
 		MaxPool:         3,
 		MaxRPCsInFlight: 64,
-		Timeout:         10 * time.Second,
+		Timeout:         rpcTimeout,
 		Logger:          raftstore.RaftLogger(cfg.Log),
 	})
 	go t.pass()
@@ -87,6 +90,26 @@ func (t *RaftTransport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, 
 	case <-t.closed:
 		return raft.ErrTransportShutdown
 	}
+}
+
+// AppendEntriesPipeline implements raft.Transport.
+func (t *RaftTransport) AppendEntriesPipeline(id raft.ServerID, target raft.ServerAddress) (raft.AppendPipeline, error) {
+	p, err := t.NetworkTransport.AppendEntriesPipeline(id, target)
+	if err != nil {
+		return nil, err
+	}
+	return pipeline{p}, nil
+}
+
+// pipeline breaks off when it takes nothing more for a while. In hashicorp/raft 1.7.3 the
+// goroutine that takes the answers can end while another one waits for room: a follower
+// would get no entries ever again, and raft could not be stopped.
+type pipeline struct{ raft.AppendPipeline }
+
+// AppendEntries implements raft.AppendPipeline.
+func (p pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
+	defer time.AfterFunc(rpcTimeout, func() { p.Close() }).Stop()
+	return p.AppendPipeline.AppendEntries(args, resp)
 }
 
 // Close implements raft.WithClose.

@@ -21,6 +21,7 @@ const settleTime = 2 * time.Minute
 func (c *cluster) settle() bool {
 	ctx, cancel := context.WithTimeout(c.ctx, settleTime)
 	defer cancel()
+	c.pause(ctx, time.Second) // what clients who are gone have sent may still arrive
 	// Every member can write, and so sees what all wrote.
 	ok := c.eachMember(ctx, "has not recovered", func(ctx context.Context, s *server, r *run) error {
 		ms := (&operation{verb: create, names: []string{"settled-" + s.id}, value: "1"}).mutations()

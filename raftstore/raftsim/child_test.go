@@ -7,12 +7,13 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"runtime/pprof"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -31,15 +32,11 @@ import (
 // (for select, maps and timers) replaced. What is left is the runtime's monitor thread,
 // which preempts by the real clock: it is stopped before it does anything.
 
-// job is what a child is told, in the environment.
-type job struct {
-	raftsim.Options
-	Print bool // every event, to standard error
-}
-
 const (
 	jobVar    = "RAFTSIM_JOB"
 	resultTag = "raftsim result: "
+	traceFile = "trace"
+	traceRoom = 64 << 20 // bytes
 )
 
 // TestChild is the child.
@@ -48,19 +45,28 @@ func TestChild(t *testing.T) {
 	if text == "" {
 		t.Skip("only in the processes that other tests start")
 	}
-	var j job
-	if err := json.Unmarshal([]byte(text), &j); err != nil {
+	var o raftsim.Options
+	if err := json.Unmarshal([]byte(text), &o); err != nil {
 		t.Fatal(err)
 	}
-	if j.Print {
-		j.Trace = func(line string) { fmt.Fprintln(os.Stderr, line) }
+	// Every run is traced, into a file and without allocating, so that all are alike: a run
+	// depends on where in memory things are, because maps are keyed by pointers.
+	file, err := unix.Open(traceFile, unix.O_CREAT|unix.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
 	}
-	cryptotest.SetGlobalRandom(t, j.Seed)
-	rand.Seed(int64(j.Seed)) //lint:ignore SA1019 hashicorp/raft draws its timeouts from the global source
+	room := traceRoom
+	o.Trace = func(line []byte) {
+		if room -= len(line); room > 0 {
+			unix.Write(file, line)
+		}
+	}
+	cryptotest.SetGlobalRandom(t, o.Seed)
+	rand.Seed(int64(o.Seed)) //lint:ignore SA1019 hashicorp/raft draws its timeouts from the global source
 	freshThread(t)
 	thread := unix.Gettid()
 	synctest.Test(t, func(t *testing.T) {
-		out, err := json.Marshal(raftsim.Run(j.Options))
+		out, err := json.Marshal(raftsim.Run(o))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -96,26 +102,61 @@ func freshThread(t *testing.T) {
 	if n := started.Count(); n != threads {
 		t.Fatalf("%d threads", n)
 	}
+	ids, _ := filepath.Glob("/proc/self/task/*")
+	newest := 0
+	for _, id := range ids {
+		n, _ := strconv.Atoi(filepath.Base(id))
+		newest = max(newest, n)
+	}
+	if newest != unix.Gettid() {
+		t.Fatal(errThread)
+	}
 }
 
-// childTime is how long a child may take, in real time: hundreds of times what it needs.
-const childTime = 10 * time.Second
+// childTime is how long a child may take, in real time: a thousand times what it needs.
+const childTime = time.Minute
 
-// runChild runs a job in a child. events, when not nil, gets every event.
-func runChild(j job, events io.Writer) (*raftsim.Report, error) {
+// errThread is what a child says that did not get the thread it needs. It is started again.
+const errThread = "not on the newest thread"
+
+// runChild runs a seed in a child. keep, when not nil, decides whether the trace of every
+// event is kept in a file, which is then named.
+func runChild(o raftsim.Options, keep func(*raftsim.Report, error) bool) (report *raftsim.Report, trace string, err error) {
+	for range 5 {
+		if report, trace, err = tryChild(o, keep); err == nil || !strings.Contains(err.Error(), errThread) {
+			break
+		}
+	}
+	if err != nil {
+		err = fmt.Errorf("run seed %d: %w", o.Seed, err)
+	}
+	return report, trace, err
+}
+
+func tryChild(o raftsim.Options, keep func(*raftsim.Report, error) bool) (_ *raftsim.Report, trace string, err error) {
 	dir, err := os.MkdirTemp(memory(), "raftsim-")
 	if err != nil {
-		return nil, fmt.Errorf("run seed %d: %w", j.Seed, err)
+		return nil, "", err
 	}
 	defer os.RemoveAll(dir)
-	j.Dir, j.Print = ".", events != nil // a name that is always the same
+	report, err := startChild(o, dir)
+	if keep != nil && keep(report, err) {
+		data, readErr := os.ReadFile(filepath.Join(dir, traceFile))
+		trace = filepath.Join(os.TempDir(), fmt.Sprintf("raftsim-%d.trace", o.Seed))
+		err = errors.Join(err, readErr, os.WriteFile(trace, data, 0o600))
+	}
+	return report, trace, err
+}
+
+func startChild(o raftsim.Options, dir string) (*raftsim.Report, error) {
+	o.Dir = "." // a name that is always the same
+	text, err := json.Marshal(o)
+	if err != nil {
+		return nil, err
+	}
 	self, err := os.Executable()
 	if err != nil {
-		return nil, fmt.Errorf("run seed %d: %w", j.Seed, err)
-	}
-	text, err := json.Marshal(j)
-	if err != nil {
-		return nil, fmt.Errorf("run seed %d: %w", j.Seed, err)
+		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), childTime)
 	defer cancel()
@@ -124,21 +165,18 @@ func runChild(j job, events io.Writer) (*raftsim.Report, error) {
 	cmd.WaitDelay = childTime / 10
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if events != nil {
-		cmd.Stderr = io.MultiWriter(events, &stderr)
-	}
 	cmd.Dir = dir
 	cmd.Env = []string{"GOMAXPROCS=1", "GOGC=off", "GODEBUG=asyncpreemptoff=1,memprofilerate=0,randseednop=0", jobVar + "=" + string(text)}
-	err = runAlike(cmd, j.Seed)
+	err = runAlike(cmd, o.Seed)
 	if _, result, ok := strings.Cut(stdout.String(), resultTag); ok && err == nil {
 		line, _, _ := strings.Cut(result, "\n")
 		report := new(raftsim.Report)
 		return report, json.NewDecoder(strings.NewReader(line)).Decode(report)
 	}
-	return nil, fmt.Errorf("run seed %d: no result: %w\n%s%s", j.Seed, err, stdout.String(), tail(stderr.String()))
+	return nil, fmt.Errorf("no result: %w\n%s%s", err, stdout.String(), tail(stderr.String()))
 }
 
-func tail(s string) string { return s[max(0, len(s)-400000):] }
+func tail(s string) string { return s[max(0, len(s)-8000):] }
 
 // memory is a folder in memory, if there is one.
 func memory() string {

@@ -13,7 +13,6 @@ import (
 
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
-	"decree.dev/decree/raftstore/state"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -55,7 +54,7 @@ type operation struct {
 }
 
 func (o *operation) String() string {
-	return fmt.Sprintf("client %d %s %v=%s if %d: %s %s at %d, saw %v [%d,%d]", o.client, o.verb, o.names, o.value, o.expect, o.outcome, o.code, o.revision, o.seen, o.call, o.end)
+	return fmt.Sprintf("client %d %s %v=%s if %d: %s (code %d) at %d, saw %v [%d,%d]", o.client, o.verb, o.names, o.value, o.expect, o.outcome, o.code, o.revision, o.seen, o.call, o.end)
 }
 
 // history is what the clients did.
@@ -119,7 +118,7 @@ func newClient(c *cluster, id int) *client {
 func (c *client) work(ctx context.Context) {
 	for ctx.Err() == nil {
 		c.perform(ctx, c.draw())
-		c.cluster.pause(ctx, between(c.rnd, 0, 100*time.Millisecond))
+		c.cluster.pause(ctx, between(c.rnd, 0, 50*time.Millisecond))
 	}
 }
 
@@ -304,7 +303,5 @@ func (c *cluster) prepare() bool {
 	return err == nil
 }
 
-// at returns the names that an operation is about.
+// about reports whether an operation writes or reads an object by name.
 func (o *operation) about(name string) bool { return slices.Contains(o.names, name) }
-
-var _ api.Reader = (*state.State)(nil)

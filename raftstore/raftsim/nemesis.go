@@ -15,6 +15,7 @@ type nemesis struct {
 	cluster *cluster
 	rnd     *rand.Rand
 	faults  []fault
+	mu      sync.Mutex
 	counts  map[string]int
 	calls   sync.WaitGroup // of membership and the like, which take their time
 }
@@ -51,10 +52,17 @@ func (n *nemesis) work(ctx context.Context) {
 			return
 		}
 		f := n.faults[n.rnd.IntN(len(n.faults))]
-		n.counts[f.name]++
-		n.cluster.trace.add("fault %s", f.name)
+		n.count(f.name)
 		f.make(ctx)
 	}
+}
+
+// count notes that something happened to a cluster.
+func (n *nemesis) count(what string) {
+	n.cluster.trace.add("fault %s", what)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.counts[what]++
 }
 
 // heal ends all faults and starts all servers.

@@ -136,6 +136,13 @@ var (
 	errCut     = errors.New("cannot be reached")
 )
 
+// patience is when a connection breaks: what was asked over it may still arrive.
+func (n *network) patience() time.Duration {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return between(n.rnd, breakAfter/10, breakAfter)
+}
+
 // plug makes a server reachable, or takes it away when w is nil.
 func (n *network) plug(at raft.ServerAddress, w *wire) {
 	n.mu.Lock()

@@ -21,15 +21,16 @@ type Options struct {
 	Seed uint64
 	// Dir is an empty folder for the servers' identities.
 	Dir string
-	// Faults is how long clients work and faults happen, in fake time; 6 s when zero.
+	// Faults is how long clients work and faults happen, in fake time; 8 s when zero.
 	Faults time.Duration
 	// LyingDisks acknowledge writes before they are durable, and lose them in a crash.
 	// The checks must find that.
 	LyingDisks bool
 	// DirtyReads answer reads from whatever state a server has. The checks must find that.
 	DirtyReads bool
-	// Trace, when not nil, is told of every event.
-	Trace func(line string) `json:"-"`
+	// Trace, when not nil, is told of every event, and what servers log. It must not keep
+	// the line. A run is another one with it than without.
+	Trace func(line []byte) `json:"-"`
 }
 
 // Report is what came of a run. It follows from the seed, if goroutines were scheduled
@@ -81,7 +82,7 @@ func chance(r *rand.Rand, p float64) bool { return r.Float64() < p }
 // Run runs one seed.
 func Run(o Options) *Report {
 	if o.Faults == 0 {
-		o.Faults = 6 * time.Second
+		o.Faults = 8 * time.Second
 	}
 	begun := time.Now()
 	c := newCluster(o)

@@ -155,16 +155,28 @@ func (s *server) crash() {
 	s.cluster.work.Go(func() { r.close() }) // its goroutines have to end some time
 }
 
-// stop is a restart of the well-behaved kind.
+// stopTime is how long a server may take to stop.
+const stopTime = 30 * time.Second
+
+// stop stops a server in an orderly way.
 func (s *server) stop() {
 	r := s.current()
 	if r == nil {
 		return
 	}
-	if err := r.close(); err != nil && !r.dead.Load() {
-		s.cluster.fail("stop %s: %v", s.id, err)
+	go func() {
+		if err := r.close(); err != nil && !r.dead.Load() {
+			s.cluster.fail("stop %s: %v", s.id, err)
+		}
+	}()
+	timer := time.NewTimer(stopTime)
+	defer timer.Stop()
+	select {
+	case <-r.closed:
+		s.cluster.trace.add("%s stopped", s.id)
+	case <-timer.C:
+		s.cluster.fail("%s does not stop", s.id)
 	}
-	s.cluster.trace.add("%s stopped", s.id)
 	if s.current() == r {
 		s.crash()
 	}
@@ -185,7 +197,7 @@ func settings() *command.Bootstrap {
 // given up.
 type peers struct{ run *run }
 
-// breakAfter is how long a call may take until the connection counts as broken.
+// breakAfter is how long a call may take until the connection counts as broken, at most.
 const breakAfter = 700 * time.Millisecond
 
 // Propose implements raftstore.Peers.
@@ -231,7 +243,7 @@ func ask[T any](ctx context.Context, r *run, to, what string, question func(cont
 			}
 		})
 	})
-	timer := time.NewTimer(breakAfter)
+	timer := time.NewTimer(net.patience())
 	defer timer.Stop()
 	select {
 	case a := <-answers:

@@ -13,7 +13,7 @@ import (
 // the same hash were the same run.
 type trace struct {
 	begun time.Time
-	tell  func(string)
+	tell  func([]byte)
 
 	mu     sync.Mutex
 	hash   hash.Hash
@@ -21,7 +21,7 @@ type trace struct {
 	line   []byte
 }
 
-func newTrace(tell func(string)) *trace {
+func newTrace(tell func([]byte)) *trace {
 	return &trace{begun: time.Now(), tell: tell, hash: sha256.New()}
 }
 
@@ -33,7 +33,7 @@ func (t *trace) add(format string, args ...any) {
 	t.line = append(fmt.Appendf(t.line, format, args...), '\n')
 	t.hash.Write(t.line)
 	if t.tell != nil {
-		t.tell(string(t.line[:len(t.line)-1]))
+		t.tell(t.line)
 	}
 }
 

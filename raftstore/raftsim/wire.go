@@ -219,9 +219,11 @@ func (p *pipeline) order() {
 	}
 }
 
-// AppendEntries implements raft.AppendPipeline.
+// AppendEntries implements raft.AppendPipeline. As raftstore/peer's, it does not wait
+// for ever when nobody takes answers out of a full pipeline.
 func (p *pipeline) AppendEntries(args *raft.AppendEntriesRequest, resp *raft.AppendEntriesResponse) (raft.AppendFuture, error) {
 	f := &appendFuture{start: time.Now(), args: args, resp: resp, done: make(chan struct{})}
+	defer time.AfterFunc(rpcTimeout, func() { p.Close() }).Stop()
 	select {
 	case p.sent <- f:
 	case <-p.closed:
