@@ -39,6 +39,7 @@ func (s *Store) lead() {
 	formats := time.NewTicker(formatEvery)
 	defer formats.Stop()
 	stuck := false
+	var noted leadership
 	for {
 		if s.IsLeader() {
 			s.settleFormat()
@@ -47,7 +48,10 @@ func (s *Store) lead() {
 			}
 		}
 		s.becomeReady()
-		s.noteLeaderChange()
+		if now := s.leadership(); now != noted {
+			noted = now
+			s.noteLeaderChange()
+		}
 		select {
 		case <-ctx.Done():
 			return
@@ -64,6 +68,18 @@ func (s *Store) lead() {
 			}
 		}
 	}
+}
+
+// leadership is what waits for LeaderChange are about.
+type leadership struct {
+	leader string
+	term   uint64
+	leads  bool
+}
+
+func (s *Store) leadership() leadership {
+	id, _ := s.Leader()
+	return leadership{leader: id, term: s.raft.CurrentTerm(), leads: s.Leads()}
 }
 
 // stuck notes whether this server stands for election and yet takes another one for the

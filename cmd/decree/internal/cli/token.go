@@ -88,22 +88,7 @@ func caCmd(e *env) *cobra.Command {
 	}
 	c.PersistentFlags().StringVarP(&output, "output", "o", "", "json for everything")
 	verb := func(use, short, long, method string) *cobra.Command {
-		return &cobra.Command{
-			Use: use, Short: short, Long: long, Args: cobra.NoArgs, Example: "  decree ca " + use,
-			RunE: func(c *cobra.Command, _ []string) error {
-				if err := checkOutput(output, "json"); err != nil {
-					return err
-				}
-				var s daemon.CAStatus
-				if err := e.ask(c.Context(), method, "ca", nil, nil, &s); err != nil {
-					return err
-				}
-				if output == "json" {
-					return e.writeJSON(s)
-				}
-				return e.printCA(&s)
-			},
-		}
+		return askVerb(e, &output, "ca", use, short, long, method, e.printCA)
 	}
 	c.AddCommand(
 		verb("show", "Show which CAs are trusted, which one signs, and what a rotation waits for", "", http.MethodGet),
@@ -139,27 +124,7 @@ func keysCmd(e *env) *cobra.Command {
 	}
 	c.PersistentFlags().StringVarP(&output, "output", "o", "", "json for everything")
 	verb := func(use, short, long, method string) *cobra.Command {
-		return &cobra.Command{
-			Use: use, Short: short, Long: long, Args: cobra.NoArgs, Example: "  decree keys " + use,
-			RunE: func(c *cobra.Command, _ []string) error {
-				if err := checkOutput(output, "json"); err != nil {
-					return err
-				}
-				var s daemon.KeyStatus
-				if err := e.ask(c.Context(), method, "keys", nil, nil, &s); err != nil {
-					return err
-				}
-				if output == "json" {
-					return e.writeJSON(s)
-				}
-				w := tabwriter.NewWriter(e.Out, 0, 0, 3, ' ', 0)
-				fmt.Fprintf(w, "NODE\tEPOCH\tWANTED\n")
-				for _, k := range s.Servers {
-					fmt.Fprintf(w, "%s\t%d\t%d\n", k.Node, k.Epoch, s.Epoch)
-				}
-				return w.Flush()
-			},
-		}
+		return askVerb(e, &output, "keys", use, short, long, method, e.printKeys)
 	}
 	c.AddCommand(
 		verb("show", "Show which key epoch each server writes with", "", http.MethodGet),
@@ -167,4 +132,34 @@ func keysCmd(e *env) *cobra.Command {
 is encrypted with it; each server takes a snapshot at once, so that its old log can go.
 An old key is forgotten when nothing on the disk needs it any more.`, http.MethodPost))
 	return c
+}
+
+func (e *env) printKeys(s *daemon.KeyStatus) error {
+	w := tabwriter.NewWriter(e.Out, 0, 0, 3, ' ', 0)
+	fmt.Fprintln(w, "NODE\tEPOCH\tWANTED")
+	for _, k := range s.Servers {
+		fmt.Fprintf(w, "%s\t%d\t%d\n", k.Node, k.Epoch, s.Epoch)
+	}
+	return w.Flush()
+}
+
+// askVerb is a verb that asks about a part of the cluster, or acts on it, and prints how
+// it stands then.
+func askVerb[T any](e *env, output *string, part, use, short, long, method string, show func(*T) error) *cobra.Command {
+	return &cobra.Command{
+		Use: use, Short: short, Long: long, Args: cobra.NoArgs, Example: "  decree " + part + " " + use,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if err := checkOutput(*output, "json"); err != nil {
+				return err
+			}
+			var s T
+			if err := e.ask(c.Context(), method, part, nil, nil, &s); err != nil {
+				return err
+			}
+			if *output == "json" {
+				return e.writeJSON(s)
+			}
+			return show(&s)
+		},
+	}
 }
