@@ -36,81 +36,13 @@ type lab struct {
 
 func newLab(t *testing.T) *lab {
 	l := &lab{t: t, router: netspacetest.Namespace(t, "router")}
-	netspacetest.In(t, l.router, func() error {
-		for i, gateway := range [][]string{{"192.168.1.254/24", "fd00:1::fe/64"}, {"192.168.2.254/24", "fd00:2::fe/64"}} {
-			a := netlink.NewLinkAttrs()
-			a.Name = fmt.Sprint("br", i+1)
-			if err := netlink.LinkAdd(&netlink.Bridge{LinkAttrs: a}); err != nil {
-				return err
-			}
-			if err := addressed(a.Name, gateway...); err != nil {
-				return err
-			}
-		}
-		return forwarding()
-	})
+	netspacetest.Switch(t, l.router, "br1", "192.168.1.254/24", "fd00:1::fe/64")
+	netspacetest.Switch(t, l.router, "br2", "192.168.2.254/24", "fd00:2::fe/64")
+	netspacetest.Forward(t, l.router)
 	for i, network := range []int{1, 1, 2} {
 		l.machine(i+1, network)
 	}
 	return l
-}
-
-func forwarding() error {
-	return errors.Join(os.WriteFile(host.Forwarding(false), []byte("1"), 0o644), os.WriteFile(host.Forwarding(true), []byte("1"), 0o644))
-}
-
-func addressed(name string, addrs ...string) error {
-	link, err := netlink.LinkByName(name)
-	if err != nil {
-		return err
-	}
-	for _, a := range addrs {
-		addr, err := netlink.ParseAddr(a)
-		if err != nil {
-			return err
-		}
-		addr.Flags = unix.IFA_F_NODAD
-		if addr.IP.To4() != nil {
-			addr.Flags = 0
-		}
-		if err := netlink.AddrAdd(link, addr); err != nil {
-			return fmt.Errorf("%s on %s: %w", a, name, err)
-		}
-	}
-	return netlink.LinkSetUp(link)
-}
-
-// join makes a pair of interfaces between two namespaces.
-func join(t *testing.T, a, b, nameA, nameB string) {
-	t.Helper()
-	netspacetest.In(t, a, func() error {
-		peer, err := os.Open(b)
-		if err != nil {
-			return err
-		}
-		defer peer.Close()
-		attrs := netlink.NewLinkAttrs()
-		attrs.Name = nameA
-		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: nameB, PeerNamespace: netlink.NsFd(peer.Fd())})
-	})
-}
-
-func route(dst, via, dev string) error {
-	r := &netlink.Route{Dst: host.IPNet(netip.MustParsePrefix(dst))}
-	if via != "" {
-		r.Gw = net.ParseIP(via)
-	}
-	if dev != "" {
-		link, err := netlink.LinkByName(dev)
-		if err != nil {
-			return err
-		}
-		r.LinkIndex = link.Attrs().Index
-		if via == "" {
-			r.Scope = netlink.SCOPE_LINK
-		}
-	}
-	return netlink.RouteAdd(r)
 }
 
 func (l *lab) machine(n, network int) {
@@ -124,37 +56,24 @@ func (l *lab) machine(n, network int) {
 		overlay: New(Config{}),
 	}
 	m.node, m.pod = netspacetest.Namespace(t, m.Node), netspacetest.Namespace(t, m.Node+"-pod")
-	uplink := fmt.Sprint("to-", m.Node)
-	join(t, l.router, m.node, uplink, "eth0")
-	netspacetest.In(t, l.router, func() error {
-		bridge, err := netlink.LinkByName(fmt.Sprint("br", network))
-		if err != nil {
-			return err
-		}
-		link, err := netlink.LinkByName(uplink)
-		if err != nil {
-			return err
-		}
-		return errors.Join(netlink.LinkSetMaster(link, bridge), netlink.LinkSetUp(link))
-	})
-	join(t, m.node, m.pod, "pod0", "eth0")
-	pod4, pod6 := m.podAddr(0), m.podAddr(1)
-	netspacetest.In(t, m.node, func() error {
-		return errors.Join(
-			addressed("eth0", m.Addrs[0].String()+"/24", m.Addrs[1].String()+"/64"),
-			addressed("pod0", fmt.Sprintf("10.42.%d.1/32", n), fmt.Sprintf("fd42:%d::1/128", n)),
-			route("0.0.0.0/0", fmt.Sprintf("192.168.%d.254", network), ""), route("::/0", fmt.Sprintf("fd00:%d::fe", network), ""),
-			route(pod4.String()+"/32", "", "pod0"), route(pod6.String()+"/128", "", "pod0"),
-			forwarding(),
-		)
-	})
-	netspacetest.In(t, m.pod, func() error {
-		return errors.Join(
-			addressed("eth0", pod4.String()+"/32", pod6.String()+"/128"),
-			route(fmt.Sprintf("10.42.%d.1/32", n), "", "eth0"), route(fmt.Sprintf("fd42:%d::1/128", n), "", "eth0"),
-			route("0.0.0.0/0", fmt.Sprintf("10.42.%d.1", n), "eth0"), route("::/0", fmt.Sprintf("fd42:%d::1", n), "eth0"),
-		)
-	})
+	netspacetest.Link(t, l.router, "to-"+m.Node, m.node, "eth0")
+	netspacetest.Plug(t, l.router, "to-"+m.Node, fmt.Sprint("br", network))
+	netspacetest.Up(t, m.node, "eth0", m.Addrs[0].String()+"/24", m.Addrs[1].String()+"/64")
+	netspacetest.Route(t, m.node, "0.0.0.0/0", fmt.Sprintf("192.168.%d.254", network), "")
+	netspacetest.Route(t, m.node, "::/0", fmt.Sprintf("fd00:%d::fe", network), "")
+	netspacetest.Forward(t, m.node)
+
+	gate4, gate6 := m.Pods[0].Addr().Next().String(), m.Pods[1].Addr().Next().String()
+	pod4, pod6 := m.podAddr(0).String(), m.podAddr(1).String()
+	netspacetest.Link(t, m.node, "pod0", m.pod, "eth0")
+	netspacetest.Up(t, m.node, "pod0", gate4+"/32", gate6+"/128")
+	netspacetest.Route(t, m.node, pod4+"/32", "", "pod0")
+	netspacetest.Route(t, m.node, pod6+"/128", "", "pod0")
+	netspacetest.Up(t, m.pod, "eth0", pod4+"/32", pod6+"/128")
+	netspacetest.Route(t, m.pod, gate4+"/32", "", "eth0")
+	netspacetest.Route(t, m.pod, gate6+"/128", "", "eth0")
+	netspacetest.Route(t, m.pod, "0.0.0.0/0", gate4, "eth0")
+	netspacetest.Route(t, m.pod, "::/0", gate6, "eth0")
 	netspacetest.In(t, m.pod, func() error {
 		pc, err := net.ListenPacket("udp", ":7")
 		if err != nil {
