@@ -12,6 +12,7 @@ import (
 	"github.com/google/nftables/expr"
 
 	"decree.dev/decree/netplane/render"
+	"decree.dev/decree/netplane/wire"
 )
 
 // actual is what the kernel holds of one family.
@@ -48,7 +49,7 @@ const readAttempts = 10
 // readFamily loads everything of one family.
 func (s *Services) readFamily(f *family) (*actual, error) {
 	a, err := s.readOnce(f)
-	for i := 1; i < readAttempts && errors.Is(err, errInterrupted); i++ {
+	for i := 1; i < readAttempts && errors.Is(err, wire.ErrInterrupted); i++ {
 		a, err = s.readOnce(f)
 	}
 	return a, err

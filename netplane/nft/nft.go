@@ -53,7 +53,7 @@ type Services struct {
 	// namespace its caller is in.
 	closed bool
 	conn   *nftables.Conn
-	wire   *wire
+	wire   *elementWire
 	flows  *netlink.Handle
 	// known says that have and what follows is what the kernel holds.
 	known  bool
@@ -80,7 +80,7 @@ func New(table string, log *slog.Logger) (*Services, error) {
 		return nil, errors.Join(err, conn.CloseLasting())
 	}
 	if s.flows, err = netlink.NewHandle(unix.NETLINK_NETFILTER); err != nil {
-		return nil, errors.Join(fmt.Errorf("open conntrack: %w", err), s.wire.close(), conn.CloseLasting())
+		return nil, errors.Join(fmt.Errorf("open conntrack: %w", err), s.wire.Close(), conn.CloseLasting())
 	}
 	return s, nil
 }
@@ -94,7 +94,7 @@ func (s *Services) Close() error {
 	}
 	s.closed = true
 	s.flows.Close()
-	return errors.Join(s.conn.CloseLasting(), s.wire.close())
+	return errors.Join(s.conn.CloseLasting(), s.wire.Close())
 }
 
 func (s *Services) table(f *family) *nftables.Table {
