@@ -72,7 +72,7 @@ func (s *Services) readOnce(f *family) (*actual, error) {
 	if a.sound, err = s.checkChains(f, t, a.chains); err != nil || !a.sound {
 		return a, err
 	}
-	for id := range numSets {
+	for _, id := range s.layout.sets {
 		if id == affinity {
 			continue
 		}
@@ -114,7 +114,7 @@ func (s *Services) checkSets(f *family, t *nftables.Table) (bool, error) {
 	for _, x := range sets {
 		found[x.Name] = x
 	}
-	for id := range numSets {
+	for _, id := range s.layout.sets {
 		want, have := f.set(t, id), found[setNames[id]]
 		if have == nil || have.IsMap != want.IsMap || have.Interval != want.Interval || have.Dynamic != want.Dynamic || have.HasTimeout != want.HasTimeout {
 			return false, nil
@@ -140,7 +140,7 @@ func (s *Services) checkChains(f *family, t *nftables.Table, balancers map[strin
 	if err != nil {
 		return false, fmt.Errorf("read rules of %s %s: %w", f.name, t.Name, err)
 	}
-	for _, want := range f.chains() {
+	for _, want := range s.layout.chains(f) {
 		have := found[want.name]
 		if have == nil || (have.Hooknum == nil) != (want.hook == nil) {
 			return false, nil

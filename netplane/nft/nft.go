@@ -45,8 +45,9 @@ var errClosed = fmt.Errorf("service tables: %w", os.ErrClosed)
 // Services implements netplane.Services with nftables. All methods are safe for
 // concurrent use; they take turns.
 type Services struct {
-	name string
-	log  *slog.Logger
+	name   string
+	layout layout
+	log    *slog.Logger
 
 	mu sync.Mutex
 	// closed: the netlink library would go on with a socket of whatever network
@@ -75,7 +76,7 @@ func New(table string, log *slog.Logger) (*Services, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	s := &Services{name: table, log: log, conn: conn}
+	s := &Services{name: table, layout: balancing, log: log, conn: conn}
 	if s.wire, err = openWire(); err != nil {
 		return nil, errors.Join(err, conn.CloseLasting())
 	}

@@ -33,11 +33,34 @@ const (
 	numSets
 )
 
+// The sets that only a Guard has.
+const (
+	// draining are services that ended and still have connections.
+	draining = numSets + iota
+	// outside are services whose address is in no range.
+	outside
+	// before is what a balancer noted of the kernel's settings.
+	before
+	numAllSets
+)
+
 // affinitySize bounds the clients remembered at a time; beyond it a new client is
 // balanced without being remembered.
 const affinitySize = 1 << 18
 
-var setNames = [numSets]string{"services", "endpoints", "closed", "identities", "live", "affinity", "hairpin", "cluster", "pods", "range", "local"}
+var setNames = [numAllSets]string{"services", "endpoints", "closed", "identities", "live", "affinity", "hairpin", "cluster", "pods", "range", "local", "draining", "outside", "before"}
+
+// layout is what a table consists of.
+type layout struct {
+	sets   []setID
+	chains func(*family) []chain
+}
+
+// balancing is the layout of Services, guarding that of a Guard.
+var (
+	balancing = layout{[]setID{services, endpoints, closed, identities, live, affinity, hairpin, cluster, pods, ranges, local}, (*family).chains}
+	guarding  = layout{[]setID{closed, draining, outside, hairpin, cluster, pods, ranges, local, before}, (*family).guardChains}
+)
 
 // set describes a set to the kernel.
 func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
@@ -51,7 +74,9 @@ func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, backend
 	case identities:
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, nftables.TypeMark
-	case closed, local:
+	case before:
+		s.KeyType, s.Concatenation, s.IsMap, s.DataType = nftables.TypeMark, false, true, nftables.TypeMark
+	case closed, local, draining, outside:
 		s.KeyType = concat(port...)
 	case affinity:
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{f.addrType}, port...)...), true, nftables.TypeMark
