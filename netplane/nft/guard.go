@@ -137,7 +137,7 @@ func (st *GuardState) add(f *family, e *element) {
 		st.Marks[Mark{Set: Hairpin, Addr: f.addr(e.key)}] = true
 	case before:
 		if len(e.key) == 4 && len(e.val) == 4 {
-			st.Before[binary.NativeEndian.Uint32([]byte(e.key))] = binary.NativeEndian.Uint32([]byte(e.val))
+			st.Before[binary.BigEndian.Uint32([]byte(e.key))] = binary.BigEndian.Uint32([]byte(e.val))
 		}
 	}
 }
@@ -183,7 +183,7 @@ func (g *Guard) Make(t *render.Table) (int, error) {
 func (g *Guard) Note(ctx context.Context, values map[uint32]uint32) error {
 	var adds []element
 	for k, v := range values {
-		adds = append(adds, element{set: before, key: word(k), val: word(v)})
+		adds = append(adds, element{set: before, key: listed(k), val: listed(v)})
 	}
 	if err := g.s.wire.commit(ctx, ip4, g.s.name, nil, adds); err != nil {
 		return fmt.Errorf("note kernel settings in table %s: %w", g.s.name, err)
@@ -225,6 +225,9 @@ func (g *Guard) Mark(ctx context.Context, dels, adds []Mark) error {
 	}
 	return nil
 }
+
+// listed is a number as listings show it best.
+func listed(n uint32) string { return string(binary.BigEndian.AppendUint32(nil, n)) }
 
 func (g *Guard) commit(ctx context.Context, f *family, dels, adds []element) error {
 	for len(dels)+len(adds) > 0 {

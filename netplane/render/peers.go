@@ -55,3 +55,16 @@ func peerOf(n *corev1.Node) Peer {
 	p.Pods = prefixes(pods)
 	return p
 }
+
+// lost are the pods of nodes that are known not to be ready; of those whose condition
+// nobody reports nothing is known.
+func lost(d Desired) []netip.Prefix {
+	var out []netip.Prefix
+	for _, n := range d.Nodes {
+		i := slices.IndexFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type == corev1.NodeReady })
+		if n.Name != d.Node && i >= 0 && n.Status.Conditions[i].Status != corev1.ConditionTrue {
+			out = append(out, peerOf(n).Pods...)
+		}
+	}
+	return prefixes(out)
+}

@@ -29,6 +29,7 @@ func Render(d Desired) Table {
 		Range:   prefixes(d.ServiceCIDR),
 		Cluster: prefixes(d.ClusterCIDR),
 		Pods:    prefixes(d.PodCIDRs),
+		Lost:    lost(d),
 	}
 	if d.DNS.IsValid() {
 		t.Local = []Port{{d.DNS.Unmap(), TCP, DNSPort}, {d.DNS.Unmap(), UDP, DNSPort}}

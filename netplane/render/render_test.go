@@ -132,6 +132,24 @@ func TestSettings(t *testing.T) {
 	}
 }
 
+// TestLost: the pods of nodes that do not answer are lost, those of this node never.
+func TestLost(t *testing.T) {
+	node := func(name, cidr string, ready ...corev1.ConditionStatus) *corev1.Node {
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{PodCIDRs: []string{cidr}}}
+		for _, r := range ready {
+			n.Status.Conditions = append(n.Status.Conditions, corev1.NodeCondition{Type: corev1.NodeReady, Status: r})
+		}
+		return n
+	}
+	got := Render(Desired{Node: "n1", Nodes: []*corev1.Node{
+		node("n1", "10.98.1.0/24", corev1.ConditionFalse), node("n2", "10.98.2.0/24", corev1.ConditionTrue), node("n3", "10.98.3.0/24", corev1.ConditionUnknown),
+		node("n4", "10.98.4.0/24", corev1.ConditionFalse), node("n5", "10.98.5.0/24"),
+	}})
+	if fmt.Sprint(got.Lost) != "[10.98.3.0/24 10.98.4.0/24]" {
+		t.Error(got.Lost)
+	}
+}
+
 // TestOrder: the table does not depend on the order of the objects, and is ordered.
 func TestOrder(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {

@@ -110,6 +110,9 @@ type Table struct {
 	Cluster []netip.Prefix
 	// Pods is the pods of this node. What they send out of the cluster is masqueraded.
 	Pods []netip.Prefix
+	// Lost are the pods of nodes that are gone: connections to endpoints there are not
+	// waited for. No kernel holds it, so that it does not count when tables are compared.
+	Lost []netip.Prefix
 }
 
 // Equal reports whether both tables mean the same.

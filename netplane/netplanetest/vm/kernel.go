@@ -162,9 +162,13 @@ func (k *kernel) initramfs(path string, cfg *Config) (err error) {
 	var deps, aliases strings.Builder
 	for _, m := range modules {
 		a.copy("lib/modules/"+k.release+"/"+m.name+".ko", k.files[m.name])
+		all, err := k.modules(m.depends)
+		if err != nil {
+			return err
+		}
 		deps.WriteString(m.name + ".ko:")
-		for _, d := range m.depends {
-			deps.WriteString(" " + moduleName(d) + ".ko")
+		for _, d := range slices.Backward(all) { // the last is loaded first
+			deps.WriteString(" " + d.name + ".ko")
 		}
 		deps.WriteByte('\n')
 		for _, alias := range m.aliases {

@@ -1,0 +1,222 @@
+package ipvs
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"decree.dev/decree/netplane/render"
+)
+
+// server is an endpoint as IPVS holds it. Weight zero: no new connections.
+type server struct {
+	addr   netip.AddrPort
+	weight uint32
+	// conns is how many connections there are, those about to end included.
+	conns uint64
+	// odd: not as this package makes them, in ways that are of no interest here.
+	odd bool
+}
+
+// virtual is a service port as IPVS holds it.
+type virtual struct {
+	render.Port
+	scheduler string
+	affinity  time.Duration
+	odd       bool
+	servers   []server // in the order of their addresses
+}
+
+// sameHeader reports whether both agree in all but their servers.
+func (v *virtual) sameHeader(w *virtual) bool {
+	return v.scheduler == w.scheduler && v.affinity == w.affinity && v.odd == w.odd
+}
+
+// verb is what a command does.
+type verb uint8
+
+const (
+	newService verb = iota
+	setService
+	delService // and its servers
+	newServer
+	setServer
+	delServer
+)
+
+// command is one change of what IPVS holds. server counts for verbs of servers only.
+type command struct {
+	verb    verb
+	service *virtual // of its servers nothing counts
+	server  server
+}
+
+// String says what a command does, for errors.
+func (c command) String() string {
+	what := [...]string{"new service", "change service", "remove service", "new endpoint", "change endpoint", "remove endpoint"}[c.verb]
+	if c.verb < newServer {
+		return what + " " + c.service.Port.String()
+	}
+	return fmt.Sprintf("%s %s of %s", what, c.server.addr, c.service.Port)
+}
+
+// wanted is what IPVS shall hold of a service; nothing if it has no endpoints.
+func wanted(s *render.Service, scheduler string) *virtual {
+	if s == nil || len(s.Endpoints) == 0 {
+		return nil
+	}
+	v := &virtual{Port: s.Port, scheduler: scheduler, affinity: s.Affinity, servers: make([]server, 0, len(s.Endpoints))}
+	for _, ep := range s.Endpoints {
+		v.servers = append(v.servers, server{addr: ep, weight: 1})
+	}
+	return v
+}
+
+// change returns the commands that lead from have to want, either of which may be
+// nil, and what IPVS holds then.
+//
+// Servers that are not wanted any more get weight zero and stay, for the sake of
+// their connections, unless cut says that there is nothing to wait for. What is new
+// comes first, so that a service that has endpoints before and after has some all
+// the time.
+func change(have, want *virtual, cut func(*virtual, netip.Addr) bool) (cmds []command, left *virtual) {
+	if have == nil && want == nil {
+		return nil, nil
+	}
+	if want == nil {
+		return retire(have, cut)
+	}
+	left = &virtual{Port: want.Port, scheduler: want.scheduler, affinity: want.affinity}
+	var old []server
+	if have == nil {
+		cmds = append(cmds, command{verb: newService, service: left})
+	} else {
+		old = have.servers
+		if !have.sameHeader(want) {
+			cmds = append(cmds, command{verb: setService, service: left})
+		}
+	}
+	var ended []command
+	both(old, want.servers, func(o, w *server) {
+		switch {
+		case o == nil:
+			cmds = append(cmds, command{newServer, left, *w})
+		case w == nil:
+			if c, stays := end(left, o, cut); stays {
+				ended = append(ended, c...)
+				left.servers = append(left.servers, server{addr: o.addr})
+			} else {
+				ended = append(ended, c...)
+			}
+			return
+		case o.weight != w.weight || o.odd:
+			cmds = append(cmds, command{setServer, left, *w})
+		}
+		left.servers = append(left.servers, *w)
+	})
+	return append(cmds, ended...), left
+}
+
+// retire ends a service.
+func retire(have *virtual, cut func(*virtual, netip.Addr) bool) (cmds []command, left *virtual) {
+	left = &virtual{Port: have.Port, scheduler: have.scheduler, affinity: have.affinity, odd: have.odd}
+	for i := range have.servers {
+		c, stays := end(left, &have.servers[i], cut)
+		cmds = append(cmds, c...)
+		if stays {
+			left.servers = append(left.servers, server{addr: have.servers[i].addr})
+		}
+	}
+	if len(left.servers) == 0 {
+		return []command{{verb: delService, service: left}}, nil
+	}
+	return cmds, left
+}
+
+// end ends a server, at once or by giving it no more connections.
+func end(of *virtual, s *server, cut func(*virtual, netip.Addr) bool) (cmds []command, stays bool) {
+	switch {
+	case cut(of, s.addr.Addr()):
+		return []command{{delServer, of, *s}}, false
+	case s.weight != 0 || s.odd:
+		return []command{{setServer, of, server{addr: s.addr}}}, true
+	}
+	return nil, true
+}
+
+// both walks two lists of servers, in order; either argument of each may be nil.
+func both(a, b []server, each func(a, b *server)) {
+	for len(a) > 0 || len(b) > 0 {
+		c := 0
+		switch {
+		case len(a) == 0:
+			c = 1
+		case len(b) == 0:
+			c = -1
+		default:
+			c = a[0].addr.Compare(b[0].addr)
+		}
+		switch {
+		case c < 0:
+			each(&a[0], nil)
+			a = a[1:]
+		case c > 0:
+			each(nil, &b[0])
+			b = b[1:]
+		default:
+			each(&a[0], &b[0])
+			a, b = a[1:], b[1:]
+		}
+	}
+}
+
+// drained returns the commands that remove the servers without weight whose
+// connections ended, or that over says have had their time, and what is left. listed:
+// the service itself stays.
+func drained(have *virtual, listed bool, over func(server) bool) (cmds []command, left *virtual) {
+	left = &virtual{Port: have.Port, scheduler: have.scheduler, affinity: have.affinity, odd: have.odd}
+	for _, s := range have.servers {
+		if s.weight == 0 && (s.conns == 0 || over(s)) {
+			cmds = append(cmds, command{delServer, left, s})
+		} else {
+			left.servers = append(left.servers, s)
+		}
+	}
+	if len(left.servers) == 0 && !listed {
+		return []command{{verb: delService, service: left}}, nil
+	}
+	return cmds, left
+}
+
+// service is what a packet finds, as a table says it.
+func (v *virtual) service() (render.Service, bool) {
+	s := render.Service{Port: v.Port, Affinity: v.affinity}
+	for _, x := range v.servers {
+		if x.weight > 0 {
+			s.Endpoints = append(s.Endpoints, x.addr)
+		}
+	}
+	return s, len(s.Endpoints) > 0
+}
+
+// waiting are the servers without weight.
+func (v *virtual) waiting() []netip.AddrPort {
+	var out []netip.AddrPort
+	if v != nil {
+		for _, x := range v.servers {
+			if x.weight == 0 {
+				out = append(out, x.addr)
+			}
+		}
+	}
+	return out
+}
+
+func sortServers(s []server) {
+	slices.SortFunc(s, func(a, b server) int { return a.addr.Compare(b.addr) })
+}
+
+func sortServices(s []render.Service) {
+	slices.SortFunc(s, func(a, b render.Service) int { return a.Compare(b.Port) })
+}
