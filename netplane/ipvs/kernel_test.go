@@ -137,4 +137,3 @@ func TestProbeWithout(t *testing.T) {
 		t.Errorf("probing a kernel without IPVS: %v", err)
 	}
 }
-
