@@ -1,9 +1,9 @@
 package ipvs
 
 import (
-	"cmp"
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 
@@ -21,6 +21,35 @@ func DeleteServer(p render.Port) error {
 	})
 }
 
+// Make makes a service with one server of some weight, in the current namespace.
+func Make(p render.Port, scheduler string, ep netip.AddrPort, weight uint32) error {
+	v := &virtual{Port: p, scheduler: scheduler}
+	return send(command{verb: newService, service: v}, command{newServer, v, server{addr: ep, weight: weight}})
+}
+
+// Weigh changes the weight of the first server of a service.
+func Weigh(p render.Port, weight uint32) error {
+	v := &virtual{Port: p}
+	if err := inKernel(func(k *kernel) error { return k.fill(v) }); err != nil {
+		return err
+	}
+	return send(command{setServer, v, server{addr: v.servers[0].addr, weight: weight}})
+}
+
+// Reschedule changes the scheduler of a service.
+func Reschedule(p render.Port, scheduler string) error {
+	return send(command{verb: setService, service: &virtual{Port: p, scheduler: scheduler}})
+}
+
+// Timeout changes the timeout of TCP connections, in seconds.
+func Timeout(seconds uint32) error {
+	return inKernel(func(k *kernel) error { return k.setTimeouts(map[uint16]uint32{attrTimeoutTCP: seconds}) })
+}
+
+func send(cmds ...command) error {
+	return inKernel(func(k *kernel) error { return k.do(context.Background(), cmds) })
+}
+
 // Dump is all that IPVS holds in the current namespace.
 func Dump() (string, error) {
 	var b strings.Builder
@@ -34,7 +63,7 @@ func Dump() (string, error) {
 		if err != nil {
 			return err
 		}
-		slices.SortFunc(vs, func(a, b *virtual) int { return cmp.Or(a.Compare(b.Port)) })
+		slices.SortFunc(vs, func(a, b *virtual) int { return a.Compare(b.Port) })
 		for _, v := range vs {
 			if err := k.fill(v); err != nil {
 				return err
