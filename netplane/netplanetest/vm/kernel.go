@@ -193,6 +193,9 @@ mount -t tmpfs tmpfs /tmp
 ip link set lo up
 cd /root
 `)
+	for _, m := range cfg.Load {
+		b.WriteString("modprobe " + quote(m) + "\n")
+	}
 	for _, e := range cfg.Env {
 		b.WriteString("export " + quote(e) + "\n")
 	}

@@ -30,8 +30,8 @@ type Config struct {
 	// Env is added to the few variables that there are, as "KEY=value".
 	Env []string
 	// Modules can be loaded, with all they depend on: by the kernel itself when it
-	// misses one, as on any host. Nothing is loaded before Binary starts.
-	Modules []string
+	// misses one, as on any host. Load are those of them loaded before Binary starts.
+	Modules, Load []string
 	// Memory is in MiB, zero: 1024. CPUs, zero: 2.
 	Memory, CPUs int
 	// Timeout is how long all of it may take; zero: DefaultTimeout.
