@@ -138,7 +138,7 @@ func (s *Server) copyEvents(ctx context.Context, out *eventWriter, changes *raft
 			return err
 		}
 		for i := range events {
-			filter.apply(s.cfg.Store, &events[i], out.add)
+			filter.apply(s.cfg.Store, &events[i], out)
 		}
 		if err := out.flushPending(); err != nil {
 			return err
@@ -195,16 +195,16 @@ func (f *watchFilter) matches(o api.Object) bool {
 }
 
 // apply turns a change into what the client must be told.
-func (f *watchFilter) apply(store Store, e *raftstore.Event, send func(watch.EventType, api.Object)) {
+func (f *watchFilter) apply(store Store, e *raftstore.Event, out *eventWriter) {
 	switch {
 	case f.refs == nil:
-		send(watch.EventType(e.Type.String()), e.Object)
+		out.addShared(e)
 	case e.Key.Resource == api.Pods:
-		f.applyReferences(store, e, send)
+		f.applyReferences(store, e, out.add)
 	case f.refs.count[e.Key] == 0 || e.Revision <= f.refs.shown[e.Key]:
 		// Not referred to, or older than what was shown when the reference came.
 	default:
-		f.applySelected(e, send)
+		f.applySelected(e, out.add)
 	}
 }
 
