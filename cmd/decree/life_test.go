@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
@@ -154,9 +157,8 @@ func (p *controlPlane) removed(t *testing.T) {
 	}
 	var open []net.Conn
 	for _, other := range p.servers[:2] {
-		for _, protocol := range []string{peer.ProtocolRaft, "http/1.1"} {
-			open = append(open, connect(t, other.address, keeper.ClientTLS(protocol)))
-		}
+		open = append(open, connect(t, other.address, keeper.ClientTLS(peer.ProtocolRaft)))
+		open = append(open, greeted(t, connect(t, other.address, keeper.ClientTLS("http/1.1"))))
 	}
 	was := peer.NewClient(func() *tls.Config { return keeper.ClientTLS() })
 	defer was.Close()
@@ -201,6 +203,24 @@ func connect(t *testing.T, address string, config *tls.Config) net.Conn {
 	return conn
 }
 
+// greeted makes a request: the server keeps the connection for the next one, for longer
+// than closedByPeer waits.
+func greeted(t *testing.T, conn net.Conn) net.Conn {
+	t.Helper()
+	if _, err := fmt.Fprint(conn, "GET /livez HTTP/1.1\r\nHost: decree\r\n\r\n"); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = io.Copy(io.Discard, resp.Body)
+	if err != nil || resp.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s, %v", conn.RemoteAddr(), resp.Status, err)
+	}
+	return conn
+}
+
 // closedByPeer waits until the other end has closed a connection that nothing is said on.
 func closedByPeer(t *testing.T, conn net.Conn) {
 	t.Helper()
@@ -242,7 +262,7 @@ func (p *controlPlane) rotateCA(t *testing.T) {
 	}
 	var open []net.Conn
 	for _, s := range p.servers {
-		open = append(open, connect(t, s.address, operator))
+		open = append(open, greeted(t, connect(t, s.address, operator)))
 	}
 	if err := p.ask(http.MethodPost, "ca", "", nil); err != nil {
 		t.Fatal(err)
