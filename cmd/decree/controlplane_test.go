@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -38,6 +39,7 @@ type controlPlane struct {
 
 type serverProcess struct {
 	name, netns, link, address, data string
+	binary                           string // "": that of all
 	cmd                              *exec.Cmd
 	ended                            chan struct{}
 }
@@ -58,13 +60,32 @@ func newControlPlane(t *testing.T, n int, flags ...string) *controlPlane {
 	for i := range n {
 		p.add(i)
 	}
+	p.found()
+	return p
+}
+
+// newLocalPlane starts n servers that vote on the loopback of this machine.
+func newLocalPlane(t *testing.T, n int, flags ...string) *controlPlane {
+	t.Helper()
+	p := &controlPlane{t: t, binary: program(t), dir: t.TempDir(), flags: flags}
+	t.Cleanup(p.remove)
+	for i := range n {
+		name := fmt.Sprint("s", i+1)
+		p.servers = append(p.servers, &serverProcess{name: name, address: fmt.Sprint("127.0.0.1:", 7443+i), data: filepath.Join(p.dir, name)})
+	}
+	p.found()
+	return p
+}
+
+// found starts all servers: the first one founds the cluster, the others join it.
+func (p *controlPlane) found() {
+	p.t.Helper()
 	p.start(p.servers[0])
 	token := p.token("server", "")
 	for _, s := range p.servers[1:] {
 		p.start(s, "--join", p.servers[0].address, "--token", token)
 	}
-	p.settled(n)
-	return p
+	p.settled(len(p.servers))
 }
 
 func (p *controlPlane) ip(args ...string) {
@@ -98,10 +119,14 @@ func (p *controlPlane) remove() {
 			log, _ := os.ReadFile(s.data + ".log")
 			p.t.Logf("log of %s:\n%s", s.name, log[max(0, len(log)-3000):])
 		}
-		exec.Command("ip", "link", "del", s.link).Run()
-		exec.Command("ip", "netns", "del", s.netns).Run()
+		if s.netns != "" {
+			exec.Command("ip", "link", "del", s.link).Run()
+			exec.Command("ip", "netns", "del", s.netns).Run()
+		}
 	}
-	exec.Command("ip", "link", "del", p.prefix).Run()
+	if p.prefix != "" {
+		exec.Command("ip", "link", "del", p.prefix).Run()
+	}
 }
 
 // start runs a server and does not wait for it.
@@ -112,8 +137,11 @@ func (p *controlPlane) start(s *serverProcess, flags ...string) {
 		p.t.Fatal(err)
 	}
 	defer log.Close()
-	args := append([]string{"netns", "exec", s.netns, p.binary, "server", "--data", s.data, "--node", s.name, "--address", s.address, "--log-level", "info"}, slices.Concat(p.flags, flags)...)
-	s.cmd = exec.Command("ip", args...)
+	args := append([]string{cmp.Or(s.binary, p.binary), "server", "--data", s.data, "--node", s.name, "--address", s.address, "--log-level", "info"}, slices.Concat(p.flags, flags)...)
+	if s.netns != "" {
+		args = append([]string{"ip", "netns", "exec", s.netns}, args...)
+	}
+	s.cmd = exec.Command(args[0], args[1:]...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := s.cmd.Start(); err != nil {
