@@ -47,7 +47,8 @@ type serverProcess struct {
 // planes counts: the links of one that has ended go a little later than it does.
 var planes atomic.Int32
 
-const planeSubnet = "10.213.77."
+// planeSubnet is where the servers of this process are: several may run at a time.
+var planeSubnet = fmt.Sprintf("10.213.%d.", os.Getpid()%250)
 
 // newControlPlane starts n servers that vote, with flags beside those that they need.
 func newControlPlane(t *testing.T, n int, flags ...string) *controlPlane {
