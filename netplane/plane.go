@@ -22,6 +22,7 @@ import (
 	"decree.dev/decree/netplane/host"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/nft"
+	"decree.dev/decree/netplane/overlay"
 	"decree.dev/decree/netplane/render"
 )
 
@@ -44,8 +45,10 @@ type Config struct {
 	CNIConfDir string
 	// CNIBinDirs are searched for plugins; empty: /opt/cni/bin and /usr/lib/cni.
 	CNIBinDirs []string
-	// MTU of pod interfaces in bytes; zero: the kernel's default.
+	// MTU of pod interfaces in bytes; zero: what reaches all nodes whole.
 	MTU int
+	// Overlay names what leads to other nodes; zero: the defaults.
+	Overlay overlay.Config
 	// ResolvConf lists the name servers for all names outside the cluster; empty:
 	// /etc/resolv.conf.
 	ResolvConf string
@@ -84,7 +87,7 @@ func (c Config) withDefaults() Config {
 
 func (c *Config) networks() *cni.Networks {
 	return cni.New(cni.Config{
-		UserConfDir: c.CNIConfDir, BinDirs: c.CNIBinDirs, DataDir: filepath.Join(c.DataDir, "cni"), MTU: c.MTU, NetNS: c.NetNS,
+		UserConfDir: c.CNIConfDir, BinDirs: c.CNIBinDirs, DataDir: filepath.Join(c.DataDir, "cni"), NetNS: c.NetNS,
 	}, c.Log)
 }
 
@@ -95,6 +98,7 @@ type Plane struct {
 	log      *slog.Logger
 	host     *host.Host
 	networks *cni.Networks
+	overlay  *overlay.Overlay
 	services Services
 	closer   func() error
 	dns      *dns.Server
@@ -102,6 +106,9 @@ type Plane struct {
 
 	mu   sync.Mutex
 	want *render.Table // nil before the first Set
+	// self and peers are the nodes of the last Set, valid while want is.
+	self  render.Peer
+	peers []render.Peer
 	// targets are the pods that the table in force sends new connections to, released
 	// those that it ceased to within Linger. inForce is closed when another is in force.
 	targets  map[types.UID]bool
@@ -119,7 +126,7 @@ func New(cfg Config) (*Plane, error) {
 		return nil, errors.New("netplane: DataDir is not set")
 	}
 	p := &Plane{
-		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(),
+		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(), overlay: overlay.New(cfg.Overlay),
 		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
 	}
 	err := netspace.Do(cfg.NetNS, func() error {
@@ -150,7 +157,11 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 	defer p.mu.Unlock()
 	var errs []error
 	if p.want == nil || !p.want.SameConfig(table) {
-		errs = append(errs, p.prepare(&table), p.networks.SetPodCIDRs(d.PodCIDRs))
+		errs = append(errs, p.prepare(&table))
+	}
+	self, peers := render.Peers(d)
+	if p.want == nil || !p.self.Equal(self) || !slices.EqualFunc(p.peers, peers, render.Peer.Equal) {
+		errs = append(errs, p.lead(self, peers))
 	}
 	errs = append(errs, p.sync(ctx, table))
 	p.dns.Set(zone)
@@ -165,7 +176,7 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 		p.want = nil // so that the next Set tries all of it
 		return fmt.Errorf("set network: %w", err)
 	}
-	p.want = &table
+	p.want, p.self, p.peers = &table, self, peers
 	p.announce(render.Targets(d))
 	return nil
 }
@@ -227,6 +238,35 @@ func (p *Plane) prepare(t *render.Table) error {
 	return netspace.Do(p.cfg.NetNS, func() error {
 		return errors.Join(p.host.Forward(slices.ContainsFunc(t.Pods, is4), slices.ContainsFunc(t.Pods, is6)), p.host.Routes(local))
 	})
+}
+
+// lead makes routes to the pods of other nodes, unless the user's own network does that,
+// and gives pods interfaces that fit.
+func (p *Plane) lead(self render.Peer, peers []render.Peer) error {
+	own, err := p.networks.Own()
+	if err != nil {
+		return err
+	}
+	if !own {
+		peers = nil
+	}
+	var plan overlay.Plan
+	err = netspace.Do(p.cfg.NetNS, func() (err error) {
+		var n int
+		plan, n, err = p.overlay.Sync(self, peers)
+		if n > 0 {
+			p.log.Info("routes to other nodes", "nodes", len(peers), "wrapped", len(plan.Peers), "changes", n)
+		}
+		return err
+	})
+	if len(plan.Lost) > 0 {
+		p.log.Warn("the pods of these nodes cannot be reached: they and this node have no addresses of the same family", "nodes", plan.Lost, "own", self.Addrs)
+	}
+	mtu := p.cfg.MTU
+	if mtu == 0 {
+		mtu = plan.MTU
+	}
+	return errors.Join(err, p.networks.Configure(self.Pods, mtu))
 }
 
 func (p *Plane) sync(ctx context.Context, t render.Table) error {
@@ -292,7 +332,7 @@ func (p *Plane) Repair(ctx context.Context) error {
 	if p.want == nil {
 		return nil
 	}
-	if err := p.prepare(p.want); err != nil {
+	if err := errors.Join(p.prepare(p.want), p.lead(p.self, p.peers)); err != nil {
 		return err
 	}
 	if _, err := p.services.Read(ctx); err != nil {
@@ -318,7 +358,7 @@ func (p *Plane) Purge(ctx context.Context) error {
 	cidrs, err := p.networks.PodCIDRs()
 	errs := []error{err, p.networks.Purge(ctx), p.services.Purge(ctx)}
 	errs = append(errs, netspace.Do(p.cfg.NetNS, func() error {
-		return errors.Join(p.host.Links(cidrs), p.host.Restore())
+		return errors.Join(p.overlay.Purge(), p.host.Links(cidrs), p.host.Restore())
 	}))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("purge network: %w", err)

@@ -67,11 +67,12 @@ func pod(name string) *corev1.Pod {
 
 // node is a network namespace with a Plane in it.
 type node struct {
-	t     *testing.T
-	netns string
-	cfg   netplane.Config
-	plane *netplane.Plane
-	stop  func()
+	t             *testing.T
+	netns         string
+	name, address string // as one of several machines
+	cfg           netplane.Config
+	plane         *netplane.Plane
+	stop          func()
 }
 
 func newNode(t *testing.T) *node {

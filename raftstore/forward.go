@@ -27,29 +27,54 @@ const (
 	lastLook  = 100 * time.Millisecond
 )
 
-// deliver brings an encoded transaction to the leader. again allows to try anew when
-// the outcome is unknown.
-func (s *Store) deliver(ctx context.Context, data []byte, again bool) (command.Result, error) {
-	var lost error // of an attempt whose outcome is unknown
+// untilLed makes attempts until one succeeds, fails in a way that retry does not
+// accept, or there is no sense in going on. Between two attempts it waits for another
+// leader, but not for long.
+func (s *Store) untilLed(ctx context.Context, retry func(error) bool, attempt func() error) error {
 	for wait := firstLook; ; wait = min(2*wait, lastLook) {
 		changed := s.LeaderChange()
-		result, err := s.deliverOnce(ctx, data)
-		retry := false
-		switch {
-		case err == nil:
-			return result, nil
-		case errors.Is(err, ErrLeadershipLost):
-			retry, lost = again, err
-		case errors.Is(err, ErrNotLeader):
-			retry = true
-			if lost != nil { // that this attempt did nothing says nothing about the earlier one
-				err = lost
-			}
-		}
-		if !retry || s.cfg.Peers == nil || !s.await(ctx, changed, wait) {
-			return result, err
+		err := attempt()
+		if err == nil || s.cfg.Peers == nil || !retry(err) || !s.await(ctx, changed, wait) {
+			return err
 		}
 	}
+}
+
+// OnLeader calls here if this server leads, or there with the address of the one that
+// does. While nobody leads, or who was asked does no more (the error matches
+// ErrNotLeader: nothing happened), it waits and tries again, until ctx ends.
+func (s *Store) OnLeader(ctx context.Context, here func() error, there func(address string) error) error {
+	nothing := func(err error) bool { return errors.Is(err, ErrNotLeader) }
+	return s.untilLed(ctx, nothing, func() error {
+		if s.Leads() {
+			return here()
+		}
+		id, address := s.Leader()
+		if id == "" || id == s.cfg.NodeID { // it is not ready to lead yet
+			return s.notLeader()
+		}
+		return there(address)
+	})
+}
+
+// deliver brings an encoded transaction to the leader. again allows to try anew when
+// the outcome is unknown.
+func (s *Store) deliver(ctx context.Context, data []byte, again bool) (result command.Result, err error) {
+	var lost error // of an attempt whose outcome is unknown
+	retry := func(err error) bool {
+		return errors.Is(err, ErrNotLeader) || again && errors.Is(err, ErrLeadershipLost)
+	}
+	err = s.untilLed(ctx, retry, func() (err error) {
+		result, err = s.deliverOnce(ctx, data)
+		if errors.Is(err, ErrLeadershipLost) {
+			lost = err
+		}
+		return err
+	})
+	if lost != nil && errors.Is(err, ErrNotLeader) { // that this attempt did nothing says nothing about the earlier one
+		err = lost
+	}
+	return result, err
 }
 
 func (s *Store) deliverOnce(ctx context.Context, data []byte) (command.Result, error) {

@@ -23,20 +23,13 @@ import (
 //
 // While there is no leader, Read waits for one, unless the store has no Peers: then
 // the error matches ErrNotLeader.
-func (s *Store) Read(ctx context.Context) (*state.State, error) {
-	for wait := firstLook; ; wait = min(2*wait, lastLook) {
-		changed := s.LeaderChange()
-		view, err := s.readOnce(ctx)
-		if err == nil || s.cfg.Peers == nil || ctx.Err() != nil {
-			return view, err
-		}
-		if !errors.Is(err, ErrNotLeader) && !errors.Is(err, ErrLeadershipLost) {
-			return nil, err
-		}
-		if !s.await(ctx, changed, wait) {
-			return nil, err
-		}
-	}
+func (s *Store) Read(ctx context.Context) (view *state.State, err error) {
+	retry := func(err error) bool { return errors.Is(err, ErrNotLeader) || errors.Is(err, ErrLeadershipLost) }
+	err = s.untilLed(ctx, retry, func() (err error) {
+		view, err = s.readOnce(ctx)
+		return err
+	})
+	return view, err
 }
 
 func (s *Store) readOnce(ctx context.Context) (*state.State, error) {

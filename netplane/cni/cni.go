@@ -42,8 +42,6 @@ type Config struct {
 	BinDirs []string
 	// DataDir is this package's own folder.
 	DataDir string
-	// MTU of pod interfaces in bytes; zero: the kernel's default.
-	MTU int
 	// NetNS is the node's network namespace; empty: the current one.
 	NetNS string
 	// Timeout bounds one call of one plugin; zero: 30 seconds.

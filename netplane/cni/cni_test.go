@@ -80,7 +80,7 @@ func TestAttach(t *testing.T) {
 	if _, err := n.Attach(t.Context(), pod("a"), ns); !errors.Is(err, ErrNotReady) {
 		t.Fatalf("attach without a pod CIDR: %v", err)
 	}
-	if err := n.SetPodCIDRs(cidrs("10.98.3.0/24", "fd98:0:0:3::/64")); err != nil {
+	if err := n.Configure(cidrs("10.98.3.0/24", "fd98:0:0:3::/64"), 0); err != nil {
 		t.Fatal(err)
 	}
 	addrs, err := n.Attach(t.Context(), pod("a"), ns)
@@ -138,7 +138,7 @@ func TestAttach(t *testing.T) {
 // plugin and the record.
 func TestInterrupted(t *testing.T) {
 	n, cfg := lab(t)
-	if err := n.SetPodCIDRs(cidrs("10.98.3.0/24")); err != nil {
+	if err := n.Configure(cidrs("10.98.3.0/24"), 0); err != nil {
 		t.Fatal(err)
 	}
 	ns := netspacetest.Namespace(t, "pod")
@@ -177,7 +177,7 @@ func TestInterrupted(t *testing.T) {
 
 func TestManyAtOnce(t *testing.T) {
 	n, cfg := lab(t)
-	if err := n.SetPodCIDRs(cidrs("10.98.3.0/24")); err != nil {
+	if err := n.Configure(cidrs("10.98.3.0/24"), 0); err != nil {
 		t.Fatal(err)
 	}
 	const pods = 12
@@ -246,7 +246,7 @@ const goodResult = `{"cniVersion":"1.0.0","interfaces":[{"name":"host0"},{"name"
 
 func TestUserConfigurationWins(t *testing.T) {
 	n := script(t, `[ "$CNI_COMMAND" = ADD ] && echo '`+goodResult+`'; exit 0`)
-	if err := n.SetPodCIDRs(cidrs("10.98.3.0/24")); err != nil {
+	if err := n.Configure(cidrs("10.98.3.0/24"), 0); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(n.cfg.confPath()); !errors.Is(err, os.ErrNotExist) {
@@ -351,7 +351,7 @@ func FuzzParseResult(f *testing.F) {
 // BenchmarkAttach is the price of one pod's network, in and out.
 func BenchmarkAttach(b *testing.B) {
 	n, _ := lab(b)
-	if err := n.SetPodCIDRs(cidrs("10.98.0.0/16")); err != nil {
+	if err := n.Configure(cidrs("10.98.0.0/16"), 0); err != nil {
 		b.Fatal(err)
 	}
 	ns := netspacetest.Namespace(b, "pod")

@@ -42,9 +42,9 @@ type subnet struct {
 	Subnet netip.Prefix `json:"subnet"`
 }
 
-// Generate returns the network configuration for a node's pod CIDRs.
-func (c *Config) generate(cidrs []netip.Prefix) ([]byte, error) {
-	p := plugin{Type: "ptp", MTU: c.MTU, IPAM: ipam{Type: "host-local", DataDir: c.allocDir()}}
+// generate returns the network configuration for a node's pod CIDRs.
+func (c *Config) generate(cidrs []netip.Prefix, mtu int) ([]byte, error) {
+	p := plugin{Type: "ptp", MTU: mtu, IPAM: ipam{Type: "host-local", DataDir: c.allocDir()}}
 	for _, cidr := range cidrs {
 		p.IPAM.Ranges = append(p.IPAM.Ranges, []subnet{{cidr.Masked()}})
 		all := "0.0.0.0/0"
@@ -56,16 +56,25 @@ func (c *Config) generate(cidrs []netip.Prefix) ([]byte, error) {
 	return json.MarshalIndent(conflist{CNIVersion: "1.0.0", Name: networkName, Plugins: []plugin{p}}, "", "  ")
 }
 
-// SetPodCIDRs writes the configuration for this node's pods, unless the user's
-// folder has one. It changes nothing when nothing differs.
-func (n *Networks) SetPodCIDRs(cidrs []netip.Prefix) error {
+// Own reports whether pods get the network that is generated: the user's folder has no
+// configuration.
+func (n *Networks) Own() (bool, error) {
+	file, err := n.cfg.userConf()
+	return err == nil && file == "", err
+}
+
+// Configure writes the configuration for this node's pods, unless the user's folder has
+// one: where their addresses come from, and the MTU of their interfaces in bytes, the
+// kernel's default when zero. It changes nothing when nothing differs, and pods that
+// are attached stay as they are.
+func (n *Networks) Configure(cidrs []netip.Prefix, mtu int) error {
 	if len(cidrs) == 0 {
 		return nil // not assigned yet; what is there stays in force
 	}
-	if file, err := n.cfg.userConf(); err != nil || file != "" {
+	if own, err := n.Own(); err != nil || !own {
 		return err
 	}
-	want, err := n.cfg.generate(cidrs)
+	want, err := n.cfg.generate(cidrs, mtu)
 	if err != nil {
 		return fmt.Errorf("generate cni configuration: %w", err)
 	}
@@ -76,7 +85,7 @@ func (n *Networks) SetPodCIDRs(cidrs []netip.Prefix) error {
 	if err := writeFile(path, want); err != nil {
 		return fmt.Errorf("write cni configuration: %w", err)
 	}
-	n.log.Info("pod network configured", "file", path, "cidrs", cidrs)
+	n.log.Info("pod network configured", "file", path, "cidrs", cidrs, "mtu", mtu)
 	return nil
 }
 

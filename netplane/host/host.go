@@ -21,9 +21,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// protocol marks our routes (rtm_protocol): a number that no routing daemon in
+// Protocol marks our routes (rtm_protocol): a number that no routing daemon in
 // iproute2's rt_protos has.
-const protocol = 214
+const Protocol = 214
 
 // Host undoes what it did by a file under its folder.
 type Host struct{ dir string }
@@ -46,13 +46,13 @@ func (h *Host) Routes(prefixes []netip.Prefix) error {
 		return fmt.Errorf("look for loopback: %w", err)
 	}
 	for _, p := range prefixes {
-		if i := slices.IndexFunc(have, func(r netlink.Route) bool { return prefixOf(r.Dst) == p }); i >= 0 {
+		if i := slices.IndexFunc(have, func(r netlink.Route) bool { return PrefixOf(r.Dst) == p }); i >= 0 {
 			have = slices.Delete(have, i, i+1)
 			continue
 		}
 		r := &netlink.Route{
-			LinkIndex: lo.Attrs().Index, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: protocol,
-			Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+			LinkIndex: lo.Attrs().Index, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST, Protocol: Protocol,
+			Dst: IPNet(p),
 		}
 		if err := netlink.RouteReplace(r); err != nil {
 			return fmt.Errorf("make %s local: %w", p, err)
@@ -70,7 +70,7 @@ func (h *Host) Routes(prefixes []netip.Prefix) error {
 func routes() ([]netlink.Route, error) {
 	var out []netlink.Route
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		rs, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL, Protocol: protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+		rs, err := netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_LOCAL, Protocol: Protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
 		if errors.Is(err, unix.EAFNOSUPPORT) {
 			continue
 		}
@@ -82,13 +82,19 @@ func routes() ([]netlink.Route, error) {
 	return out, nil
 }
 
-func prefixOf(n *net.IPNet) netip.Prefix {
+// PrefixOf converts; an unset or unusable network is no prefix.
+func PrefixOf(n *net.IPNet) netip.Prefix {
 	if n == nil {
 		return netip.Prefix{}
 	}
 	a, _ := netip.AddrFromSlice(n.IP)
 	bits, _ := n.Mask.Size()
 	return netip.PrefixFrom(a.Unmap(), bits)
+}
+
+// IPNet converts.
+func IPNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
 // Forwarding is the file that makes a node route packets of a family.
@@ -190,7 +196,7 @@ func (h *Host) Links(prefixes []netip.Prefix) error {
 			return fmt.Errorf("list routes of %s: %w", l.Attrs().Name, err)
 		}
 		ours := slices.ContainsFunc(rs, func(r netlink.Route) bool {
-			p := prefixOf(r.Dst)
+			p := PrefixOf(r.Dst)
 			return p.IsValid() && p.IsSingleIP() && slices.ContainsFunc(prefixes, func(q netip.Prefix) bool { return q.Contains(p.Addr()) })
 		})
 		if !ours {

@@ -22,7 +22,6 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -43,12 +42,9 @@ type Config struct {
 	Others func() []string
 	// TLS, when not nil, is used instead of CA and certificates: see
 	// [pki.Keeper.ClientTLS].
-	TLS *tls.Config
-	CA  []byte // PEM
-	// Pair is read once, or CertFile and KeyFile before every new connection: a
-	// renewed certificate is used without a restart.
-	Pair              pki.Pair
-	CertFile, KeyFile string
+	TLS  *tls.Config
+	CA   []byte // PEM
+	Pair pki.Pair
 
 	// Stale has reads answered with what the server has at hand, without a leader or a
 	// quorum: see [Client.Lag].
@@ -66,15 +62,6 @@ func FromKubeconfig(path string) (Config, error) {
 		return Config{}, err
 	}
 	return Config{Server: k.Server, CA: k.CA, Pair: k.Pair}, nil
-}
-
-// FromFiles reads the CA now, and certificate and key whenever they are needed.
-func FromFiles(server, caFile, certFile, keyFile string) (Config, error) {
-	ca, err := os.ReadFile(caFile)
-	if err != nil {
-		return Config{}, fmt.Errorf("read CA: %w", err)
-	}
-	return Config{Server: server, CA: ca, CertFile: certFile, KeyFile: keyFile}, nil
 }
 
 // Client is safe for concurrent use. Close releases idle connections.
@@ -109,10 +96,11 @@ func New(cfg Config) (*Client, error) {
 		c.log = slog.Default()
 	}
 	if c.tls == nil {
-		c.tls = &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool}
-		if err := c.loadIdentity(); err != nil {
-			return nil, err
+		pair, err := cfg.Pair.TLS()
+		if err != nil {
+			return nil, fmt.Errorf("new client: %w", err)
 		}
+		c.tls = &tls.Config{MinVersion: tls.VersionTLS13, RootCAs: pool, Certificates: []tls.Certificate{pair}}
 	}
 	c.http = &http.Client{Transport: &http.Transport{
 		TLSClientConfig:     c.tls,
@@ -124,29 +112,6 @@ func New(cfg Config) (*Client, error) {
 		HTTP2: &http.HTTP2Config{SendPingTimeout: 10 * time.Second, PingTimeout: 10 * time.Second},
 	}}
 	return c, nil
-}
-
-func (c *Client) loadIdentity() error {
-	if c.cfg.CertFile == "" {
-		pair, err := c.cfg.Pair.TLS()
-		if err != nil {
-			return fmt.Errorf("new client: %w", err)
-		}
-		c.tls.Certificates = []tls.Certificate{pair}
-		return nil
-	}
-	load := func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-		pair, err := tls.LoadX509KeyPair(c.cfg.CertFile, c.cfg.KeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("load client certificate: %w", err)
-		}
-		return &pair, nil
-	}
-	if _, err := load(nil); err != nil {
-		return fmt.Errorf("new client: %w", err)
-	}
-	c.tls.GetClientCertificate = load
-	return nil
 }
 
 // Close releases idle connections; requests under way are not disturbed.

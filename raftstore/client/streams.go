@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"net/http"
 	"net/url"
-	"os"
 	"strconv"
 	"time"
 
@@ -66,10 +65,6 @@ func (c *Client) Logs(ctx context.Context, namespace, pod string, opts corev1.Po
 // nil, and returns its exit code. An error says that it could not be run or that
 // the connection broke.
 func (c *Client) Exec(ctx context.Context, namespace, pod string, e apiserver.ExecStreams) (int, error) {
-	cfg, err := c.restConfig()
-	if err != nil {
-		return 0, err
-	}
 	q := url.Values{"command": e.Command}
 	for name, on := range map[string]bool{"stdin": e.Stdin != nil, "stdout": e.Stdout != nil, "stderr": e.Stderr != nil && !e.TTY, "tty": e.TTY} {
 		q.Set(name, strconv.FormatBool(on))
@@ -81,7 +76,7 @@ func (c *Client) Exec(ctx context.Context, namespace, pod string, e apiserver.Ex
 	u := *c.base.Load()
 	u.Path += Path(k, namespace, pod) + "/exec"
 	u.RawQuery = q.Encode()
-	executor, err := remotecommand.NewWebSocketExecutor(cfg, http.MethodGet, u.String())
+	executor, err := remotecommand.NewWebSocketExecutor(c.restConfig(), http.MethodGet, u.String())
 	if err != nil {
 		return 0, fmt.Errorf("exec in pod %s/%s: %w", namespace, pod, err)
 	}
@@ -105,18 +100,10 @@ func (c *Client) Exec(ctx context.Context, namespace, pod string, e apiserver.Ex
 }
 
 // restConfig is what the exec client of client-go wants to know.
-func (c *Client) restConfig() (*rest.Config, error) {
-	pair := c.cfg.Pair
-	if c.cfg.CertFile != "" {
-		var err error
-		if pair.CertPEM, err = os.ReadFile(c.cfg.CertFile); err == nil {
-			pair.KeyPEM, err = os.ReadFile(c.cfg.KeyFile)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("load client certificate: %w", err)
-		}
-	}
-	return &rest.Config{Host: c.Server(), TLSClientConfig: rest.TLSClientConfig{CAData: c.cfg.CA, CertData: pair.CertPEM, KeyData: pair.KeyPEM}}, nil
+func (c *Client) restConfig() *rest.Config {
+	return &rest.Config{Host: c.Server(), TLSClientConfig: rest.TLSClientConfig{
+		CAData: c.cfg.CA, CertData: c.cfg.Pair.CertPEM, KeyData: c.cfg.Pair.KeyPEM,
+	}}
 }
 
 // sizeQueue hands terminal sizes to client-go.

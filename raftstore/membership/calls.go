@@ -200,28 +200,28 @@ func (k *Keeper) Transfer(ctx context.Context, name string) error {
 	return k.onLeader(ctx, callTransfer, target{ID: id}, func() error { return k.Store.TransferLeadership(ctx, id) })
 }
 
+// noQuorum is how long List waits for somebody to lead: its answer is of use when
+// nobody does, too.
+const noQuorum = 2 * time.Second
+
 // List describes all servers, whichever is asked.
 func (k *Keeper) List(ctx context.Context) (list []Server, err error) {
-	if k.Store.Leads() {
-		return k.Servers()
+	ctx, cancel := context.WithTimeout(ctx, noQuorum)
+	defer cancel()
+	err = k.Store.OnLeader(ctx,
+		func() (err error) { list, err = k.Servers(); return err },
+		func(leader string) error { return k.Peers.Call(ctx, leader, callServers, struct{}{}, &list) })
+	if errors.Is(err, raftstore.ErrNotLeader) {
+		err = fmt.Errorf("no quorum answers: %w", err)
 	}
-	_, leader := k.Store.Leader()
-	if leader == "" {
-		return nil, fmt.Errorf("list the servers: %w: no quorum answers", raftstore.ErrNotLeader)
+	if err != nil {
+		return nil, fmt.Errorf("list the servers: %w", err)
 	}
-	err = k.Peers.Call(ctx, leader, callServers, struct{}{}, &list)
-	return list, err
+	return list, nil
 }
 
 func (k *Keeper) onLeader(ctx context.Context, call string, in target, here func() error) error {
-	if k.Store.Leads() {
-		return here()
-	}
-	_, leader := k.Store.Leader()
-	if leader == "" {
-		return fmt.Errorf("%s: %w, and none is known", call, raftstore.ErrNotLeader)
-	}
-	return k.Peers.Call(ctx, leader, call, in, nil)
+	return k.Store.OnLeader(ctx, here, func(leader string) error { return k.Peers.Call(ctx, leader, call, in, nil) })
 }
 
 // find returns the id of the server that is called name.

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -410,6 +411,32 @@ func TestTransfer(t *testing.T) {
 	}
 	if err := servers[0].keeper.Transfer(deadline(t), "nobody"); err == nil {
 		t.Fatal("the lead went to nobody")
+	}
+}
+
+// TestCallsWait: who calls for the leader while there is none waits for the next one.
+func TestCallsWait(t *testing.T) {
+	_, servers := three(t)
+	servers[0].stop()
+	if list, err := servers[1].keeper.List(deadline(t)); err != nil || len(list) != 3 {
+		t.Fatalf("no list right after the leader stopped: %v, %v", list, err)
+	}
+	servers[2].stop()
+	ctx := deadline(t)
+	for { // a leader believes that it leads for as long as its lease
+		changed := servers[1].store.LeaderChange()
+		_, err := servers[1].keeper.List(ctx)
+		if err != nil {
+			if !errors.Is(err, raftstore.ErrNotLeader) || !strings.Contains(err.Error(), "no quorum") {
+				t.Fatalf("a list without a quorum: %v", err)
+			}
+			return
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			t.Fatal("there is a list without a quorum")
+		}
 	}
 }
 

@@ -138,47 +138,6 @@ func (p Pair) TLS() (tls.Certificate, error) {
 // otherwise, or as long as the CA if that is shorter.
 func (a *Authority) Issue(r Request, now time.Time) (Pair, error) { return a.issuer.Issue(r, now) }
 
-// Ensure returns the pair in base.crt and base.key of dir, and issues it when it is
-// absent, damaged, signed by another CA, for another identity or set of hosts, or
-// past two thirds of its life. Call it at every start.
-func (a *Authority) Ensure(dir, base string, r Request, now time.Time) (Pair, error) {
-	certPath, keyPath := filepath.Join(dir, base+".crt"), filepath.Join(dir, base+".key")
-	if p, ok := a.usable(certPath, keyPath, r, now); ok {
-		return p, nil
-	}
-	p, err := a.Issue(r, now)
-	if err != nil {
-		return Pair{}, err
-	}
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return Pair{}, fmt.Errorf("store certificate for %s: %w", r.Name, err)
-	}
-	// A crash between the two leaves a pair that does not match: issued again.
-	if err := writeFile(keyPath, p.KeyPEM, 0o600); err != nil {
-		return Pair{}, err
-	}
-	return p, writeFile(certPath, p.CertPEM, 0o644)
-}
-
-func (a *Authority) usable(certPath, keyPath string, r Request, now time.Time) (Pair, bool) {
-	certPEM, err := os.ReadFile(certPath)
-	if err != nil {
-		return Pair{}, false
-	}
-	keyPEM, err := os.ReadFile(keyPath)
-	if err != nil {
-		return Pair{}, false
-	}
-	p := Pair{CertPEM: certPEM, KeyPEM: keyPEM}
-	pair, err := p.TLS()
-	if err != nil || pair.Leaf.CheckSignatureFrom(a.cert) != nil {
-		return Pair{}, false
-	}
-	c := pair.Leaf
-	same := c.Subject.CommonName == r.Name && sameSet(c.Subject.Organization, r.Groups) && sameSet(Hosts(c), r.Hosts)
-	return p, same && now.Before(renewAt(c)) && !now.Before(c.NotBefore)
-}
-
 func sameSet(a, b []string) bool {
 	a, b = slices.Clone(a), slices.Clone(b)
 	slices.Sort(a)

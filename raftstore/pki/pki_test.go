@@ -21,15 +21,6 @@ func open(t *testing.T, dir string, now time.Time) *Authority {
 	return a
 }
 
-func ensure(t *testing.T, a *Authority, dir string, r Request, now time.Time) Pair {
-	t.Helper()
-	p, err := a.Ensure(dir, "x", r, now)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return p
-}
-
 func verify(t *testing.T, a *Authority, p Pair, usage x509.ExtKeyUsage, host string, now time.Time) error {
 	t.Helper()
 	pair, err := p.TLS()
@@ -124,42 +115,18 @@ func TestIssue(t *testing.T) {
 	}
 }
 
-func TestEnsure(t *testing.T) {
-	dir, out := t.TempDir(), t.TempDir()
-	a := open(t, dir, start)
-	first := ensure(t, a, out, Server("a"), start)
-	same := func(p Pair) bool { return bytes.Equal(p.CertPEM, first.CertPEM) }
-	if !same(ensure(t, a, out, Server("a"), start.Add(200*24*time.Hour))) {
-		t.Error("a good certificate was replaced")
-	}
-	if same(ensure(t, a, out, Server("a"), start.Add(300*24*time.Hour))) {
-		t.Error("a certificate near its end was kept")
-	}
-	first = ensure(t, a, out, Server("a"), start)
-	if same(ensure(t, a, out, Server("a", "b"), start)) {
-		t.Error("a new host is missing")
-	}
-	first = ensure(t, a, out, Node("n1"), start)
-	if same(ensure(t, a, out, Node("n2"), start)) {
-		t.Error("the certificate of another node was used")
-	}
-	first = ensure(t, a, out, Admin("x"), start)
-	if same(ensure(t, open(t, t.TempDir(), start), out, Admin("x"), start)) {
-		t.Error("the certificate of another CA was used")
-	}
-	first = ensure(t, a, out, Admin("x"), start)
-	if err := os.WriteFile(filepath.Join(out, "x.key"), []byte("torn"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if p := ensure(t, a, out, Admin("x"), start); same(p) || verify(t, a, p, x509.ExtKeyUsageClientAuth, "", start) != nil {
-		t.Error("a damaged pair was not replaced")
-	}
-}
-
 func TestKubeconfig(t *testing.T) {
 	dir := t.TempDir()
 	a := open(t, dir, start)
-	pair := ensure(t, a, dir, Admin("admin"), start)
+	pair, err := a.Issue(Admin("admin"), start)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, data := range map[string][]byte{"x.crt": pair.CertPEM, "x.key": pair.KeyPEM} {
+		if err := os.WriteFile(filepath.Join(dir, name), data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	path := filepath.Join(dir, "kubeconfig")
 	want := Kubeconfig{Server: "https://127.0.0.1:7443", CA: a.CertPEM(), User: "admin", Pair: pair}
 	if err := want.Write(path); err != nil {

@@ -64,6 +64,12 @@ func TestNoSpace(t *testing.T) {
 		wantIs(t, err, ErrNoSpace)
 	}
 	wantEntries(t, v.Log, entries(1, last, 1))
+	for term := range uint64(50) { // raft ends the process if it cannot note its term
+		if err := v.Stable.SetUint64([]byte("CurrentTerm"), term); err != nil {
+			t.Fatalf("no room for a term: %v", err)
+		}
+		wantIs(t, v.Log.StoreLogs(entries(last+1, last+20, 1)), ErrNoSpace)
+	}
 
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()

@@ -60,19 +60,6 @@ func (e *FetchError) Unwrap() error {
 	return e.Err
 }
 
-// CauseOf returns the cause of a fetch error, CauseUnreachable for other errors and
-// "" for nil.
-func CauseOf(err error) Cause {
-	var fe *FetchError
-	switch {
-	case err == nil:
-		return ""
-	case errors.As(err, &fe):
-		return fe.Cause
-	}
-	return CauseUnreachable
-}
-
 // caused marks an error with its cause on the way up.
 type caused struct {
 	cause Cause

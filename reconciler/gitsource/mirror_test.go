@@ -65,11 +65,12 @@ func fetchFile(t *testing.T, m *Mirror, r Remote, name string) (*Fetched, string
 
 func wantCause(t *testing.T, err error, want Cause, text ...string) {
 	t.Helper()
-	if got := CauseOf(err); got != want {
-		t.Errorf("cause %q, want %q: %v", got, want, err)
-	}
-	if err == nil {
+	if err == nil && want == "" {
 		return
+	}
+	fe, ok := errors.AsType[*FetchError](err)
+	if !ok || fe.Cause != want {
+		t.Fatalf("want an error of cause %q: %v", want, err)
 	}
 	mustContain(t, err.Error(), text...)
 }

@@ -2,12 +2,18 @@
 package netspacetest
 
 import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/netplane/host"
 	"decree.dev/decree/netplane/netspace"
 )
 
@@ -43,4 +49,101 @@ func In(t testing.TB, path string, fn func() error) {
 	if err := netspace.Do(path, fn); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// Link makes a pair of interfaces, nameA in the namespace a and nameB in b.
+func Link(t testing.TB, a, nameA, b, nameB string) {
+	t.Helper()
+	In(t, a, func() error {
+		peer, err := os.Open(b)
+		if err != nil {
+			return err
+		}
+		defer peer.Close()
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name = nameA
+		return netlink.LinkAdd(&netlink.Veth{LinkAttrs: attrs, PeerName: nameB, PeerNamespace: netlink.NsFd(peer.Fd())})
+	})
+}
+
+// Switch makes a bridge in a namespace, with addresses of its own.
+func Switch(t testing.TB, path, name string, addrs ...string) {
+	t.Helper()
+	In(t, path, func() error {
+		a := netlink.NewLinkAttrs()
+		a.Name = name
+		return netlink.LinkAdd(&netlink.Bridge{LinkAttrs: a})
+	})
+	Up(t, path, name, addrs...)
+}
+
+// Plug connects an interface with a bridge.
+func Plug(t testing.TB, path, name, bridge string) {
+	t.Helper()
+	In(t, path, func() error {
+		b, err := netlink.LinkByName(bridge)
+		if err != nil {
+			return err
+		}
+		l, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		return errors.Join(netlink.LinkSetMaster(l, b), netlink.LinkSetUp(l))
+	})
+}
+
+// Up sets an interface up, with addresses such as "10.0.0.1/24" that are of use at once.
+func Up(t testing.TB, path, name string, addrs ...string) {
+	t.Helper()
+	In(t, path, func() error {
+		link, err := netlink.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		for _, text := range addrs {
+			p, err := netip.ParsePrefix(text)
+			if err != nil {
+				return err
+			}
+			a := &netlink.Addr{IPNet: host.IPNet(p)}
+			if p.Addr().Is6() {
+				a.Flags = unix.IFA_F_NODAD
+			}
+			if err := netlink.AddrAdd(link, a); err != nil {
+				return fmt.Errorf("%s on %s: %w", text, name, err)
+			}
+		}
+		return netlink.LinkSetUp(link)
+	})
+}
+
+// Route adds a route to dst by an interface, a gateway, or both; the other one is empty.
+func Route(t testing.TB, path, dst, via, name string) {
+	t.Helper()
+	In(t, path, func() error {
+		r := &netlink.Route{Dst: host.IPNet(netip.MustParsePrefix(dst)), Gw: net.ParseIP(via)}
+		if name != "" {
+			link, err := netlink.LinkByName(name)
+			if err != nil {
+				return err
+			}
+			r.LinkIndex = link.Attrs().Index
+		}
+		if via == "" {
+			r.Scope = netlink.SCOPE_LINK
+		}
+		if err := netlink.RouteAdd(r); err != nil {
+			return fmt.Errorf("route to %s: %w", dst, err)
+		}
+		return nil
+	})
+}
+
+// Forward makes a namespace route.
+func Forward(t testing.TB, path string) {
+	t.Helper()
+	In(t, path, func() error {
+		return errors.Join(os.WriteFile(host.Forwarding(false), []byte("1"), 0o644), os.WriteFile(host.Forwarding(true), []byte("1"), 0o644))
+	})
 }

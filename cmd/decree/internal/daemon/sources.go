@@ -10,7 +10,6 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
-	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/reconciler/delivery"
@@ -25,18 +24,12 @@ func (s *sources) Sync(ctx context.Context, source, _ string) error {
 	if ok && src.Spec.URL == "" {
 		return apierrors.NewBadRequest(fmt.Sprintf("source %q is a repository of this cluster: a push to it is applied at once, there is nothing to fetch", source))
 	}
-	if !s.store.Leads() {
-		_, leader := s.store.Leader()
-		if leader == "" {
-			return raftstore.ErrNotLeader
-		}
-		err := s.peers.Call(ctx, leader, callSync, source, nil)
-		if remote, ok := errors.AsType[*peer.RemoteError](err); ok {
-			return apierrors.NewBadRequest(remote.Text)
-		}
-		return err
+	err := s.store.OnLeader(ctx,
+		func() error { return s.follower.Sync(source) },
+		func(leader string) error { return s.peers.Call(ctx, leader, callSync, source, nil) })
+	if remote, ok := errors.AsType[*peer.RemoteError](err); ok {
+		return apierrors.NewBadRequest(remote.Text)
 	}
-	err := s.follower.Sync(source)
 	if errors.Is(err, delivery.ErrSuspended) {
 		return apierrors.NewBadRequest(err.Error())
 	}

@@ -1,0 +1,143 @@
+package netplane_test
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/netplane/netspace/netspacetest"
+)
+
+// machines are nodes with Planes, in two networks with a router between them: all but
+// the last one in the first.
+func machines(t *testing.T, count int) []*node {
+	router := netspacetest.Namespace(t, "router")
+	netspacetest.Switch(t, router, "br1", "192.168.1.254/24")
+	netspacetest.Switch(t, router, "br2", "192.168.2.254/24")
+	netspacetest.Forward(t, router)
+	var nodes []*node
+	for i := range count {
+		network := 1
+		if i == count-1 {
+			network = 2
+		}
+		n := newNode(t)
+		uplink := fmt.Sprint("to", i+1)
+		netspacetest.Link(t, router, uplink, n.netns, "eth0")
+		netspacetest.Plug(t, router, uplink, fmt.Sprint("br", network))
+		netspacetest.Up(t, n.netns, "eth0", fmt.Sprintf("192.168.%d.%d/24", network, i+1))
+		netspacetest.Route(t, n.netns, "0.0.0.0/0", fmt.Sprintf("192.168.%d.254", network), "")
+		n.name, n.address = fmt.Sprint("n", i+1), fmt.Sprintf("192.168.%d.%d", network, i+1)
+		n.start()
+		nodes = append(nodes, n)
+	}
+	return nodes
+}
+
+// desiredOn is [desired] as one of some nodes sees it.
+func desiredOn(self *node, nodes []*node, backends ...netip.Addr) netplane.Desired {
+	d := desired(backends...)
+	d.Node, d.PodCIDRs = self.name, nil
+	for i, n := range nodes {
+		cidr := fmt.Sprintf("10.98.%d.0/24", i+1)
+		d.Nodes = append(d.Nodes, &corev1.Node{
+			ObjectMeta: metav1.ObjectMeta{Name: n.name}, Spec: corev1.NodeSpec{PodCIDRs: []string{cidr}},
+			Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: n.address}}},
+		})
+		if n == self {
+			d.PodCIDRs = []netip.Prefix{netip.MustParsePrefix(cidr)}
+		}
+	}
+	return d
+}
+
+// TestNodes: pods of several nodes reach each other without translation, and a service
+// from everywhere; a node that is lost and comes back costs the others nothing.
+func TestNodes(t *testing.T) {
+	nodes := machines(t, 3)
+	var pods []string // namespaces
+	var addrs []netip.Addr
+	for i, n := range nodes {
+		n.set(desiredOn(n, nodes))
+		path, a := n.attach(fmt.Sprint("pod", i+1))
+		pods, addrs = append(pods, path), append(addrs, a)
+	}
+	for _, n := range nodes {
+		n.set(desiredOn(n, nodes, addrs...))
+	}
+	for i, from := range pods {
+		for j, to := range addrs {
+			if server, source := get(t, from, netip.AddrPortFrom(to, 8080)); source.Addr() != addrs[i] || server.Addr() != to {
+				t.Errorf("pod %d is %s to pod %d", i+1, source, j+1)
+			}
+		}
+		if mtu := podMTU(t, from); mtu != 1450 {
+			t.Errorf("pod %d has an interface with MTU %d", i+1, mtu)
+		}
+	}
+	for i, n := range nodes {
+		for _, to := range addrs {
+			get(t, n.netns, netip.AddrPortFrom(to, 8080))
+		}
+		for _, from := range []string{pods[i], n.netns} {
+			reached := map[netip.Addr]bool{}
+			for range 60 {
+				server, _ := get(t, from, netip.AddrPortFrom(clusterIP, 80))
+				reached[server.Addr()] = true
+			}
+			if len(reached) != 3 {
+				t.Errorf("from %s of node %d the service leads to %v", from, i+1, reached)
+			}
+		}
+	}
+
+	far := nodes[2]
+	far.stop() // the agent is gone; its node works on
+	get(t, pods[0], netip.AddrPortFrom(addrs[2], 8080))
+	for _, n := range nodes[:2] { // the node is removed from the cluster
+		n.set(desiredOn(n, nodes[:2], addrs[:2]...))
+	}
+	if err := reach(pods[0], netip.AddrPortFrom(addrs[2], 8080)); err == nil {
+		t.Error("pods of a node that was removed are still reached")
+	}
+	for range 20 {
+		get(t, pods[0], netip.AddrPortFrom(clusterIP, 80))
+	}
+	far.start()
+	for _, n := range nodes {
+		n.set(desiredOn(n, nodes, addrs...))
+	}
+	get(t, pods[2], netip.AddrPortFrom(addrs[0], 8080))
+	get(t, pods[0], netip.AddrPortFrom(addrs[2], 8080))
+}
+
+func podMTU(t *testing.T, netns string) (mtu int) {
+	t.Helper()
+	netspacetest.In(t, netns, func() error {
+		l, err := netlink.LinkByName("eth0")
+		if err == nil {
+			mtu = l.Attrs().MTU
+		}
+		return err
+	})
+	return mtu
+}
+
+// reach connects from a namespace.
+func reach(netns string, to netip.AddrPort) error {
+	return netspace.Do(netns, func() error {
+		c, err := net.DialTimeout("tcp", to.String(), 500*time.Millisecond)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	})
+}

@@ -1,0 +1,57 @@
+package render
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+)
+
+// Peer is a node as others reach it: its own addresses, in the order in which its agent
+// names them, and where its pods are.
+type Peer struct {
+	Node  string
+	Addrs []netip.Addr
+	Pods  []netip.Prefix
+}
+
+// Equal reports whether both say the same.
+func (p Peer) Equal(q Peer) bool {
+	return p.Node == q.Node && slices.Equal(p.Addrs, q.Addrs) && slices.Equal(p.Pods, q.Pods)
+}
+
+// Peers returns d's own node and, in the order of their names, all others that have
+// addresses and pods.
+func Peers(d Desired) (self Peer, others []Peer) {
+	self = Peer{Node: d.Node, Pods: prefixes(d.PodCIDRs)}
+	for _, n := range d.Nodes {
+		p := peerOf(n)
+		switch {
+		case n.Name == d.Node:
+			self.Addrs = p.Addrs
+		case len(p.Addrs) > 0 && len(p.Pods) > 0:
+			others = append(others, p)
+		}
+	}
+	slices.SortFunc(others, func(a, b Peer) int { return strings.Compare(a.Node, b.Node) })
+	return self, others
+}
+
+func peerOf(n *corev1.Node) Peer {
+	p := Peer{Node: n.Name}
+	for _, a := range n.Status.Addresses {
+		addr, err := netip.ParseAddr(a.Address)
+		if a.Type == corev1.NodeInternalIP && err == nil && addr.Zone() == "" {
+			p.Addrs = append(p.Addrs, addr.Unmap())
+		}
+	}
+	var pods []netip.Prefix
+	for _, text := range n.Spec.PodCIDRs {
+		if cidr, err := netip.ParsePrefix(text); err == nil {
+			pods = append(pods, cidr)
+		}
+	}
+	p.Pods = prefixes(pods)
+	return p
+}
