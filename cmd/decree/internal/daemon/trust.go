@@ -82,6 +82,9 @@ const (
 	// recheckEvery bounds for how long a connection outlives its certificate.
 	recheckEvery = time.Minute
 	retryTrust   = time.Second
+	// recheckRest lies between two looks at all connections, while machines join by the
+	// thousand.
+	recheckRest = 200 * time.Millisecond
 )
 
 // followTrust makes what the cluster trusts what this server does: its own CAs follow
@@ -95,6 +98,13 @@ func (s *server) followTrust(ctx context.Context) error {
 			wait = retryTrust
 		}
 		s.mux.Recheck(s.still)
+		rest := time.NewTimer(recheckRest)
+		select {
+		case <-rest.C:
+		case <-ctx.Done():
+			rest.Stop()
+			return nil
+		}
 		waiting, cancel := context.WithTimeout(ctx, wait)
 		err := s.awaitAny(waiting, changed, revision, api.Authorities, api.Servers, api.Machines)
 		cancel()
