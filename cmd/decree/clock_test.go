@@ -92,8 +92,9 @@ func setClock(t *testing.T, by time.Duration) {
 // clocked is a cluster whose clock is set while clients write and watch.
 type clocked struct {
 	*controlPlane
-	peers *peer.Client
-	count atomic.Int64 // of acknowledged writes
+	peers     *peer.Client
+	followers [3]follower
+	count     atomic.Int64 // of acknowledged writes
 }
 
 // clockSteps is TestServersClock inside the machine.
@@ -122,15 +123,18 @@ func clockSteps(t *testing.T) {
 		})
 	}
 	watching, unwatch := context.WithCancel(t.Context())
-	followers := make([]*follower, 3)
 	var watchers sync.WaitGroup
-	for i := range followers {
-		followers[i] = &follower{}
+	for i := range c.followers {
 		watchers.Go(func() {
-			if err := followers[i].follow(watching, c.controlPlane, i); err != nil {
+			if err := c.followers[i].follow(watching, c.controlPlane, i); err != nil {
 				t.Error(err)
 			}
 		})
+	}
+	for end := time.Now().Add(30 * time.Second); !c.watched(); time.Sleep(20 * time.Millisecond) { // see ask
+		if time.Now().After(end) {
+			t.Fatal("the watchers do not begin")
+		}
 	}
 	for _, by := range []time.Duration{10 * time.Second, -10 * time.Second, time.Hour, -time.Hour} {
 		c.step(by)
@@ -143,7 +147,8 @@ func clockSteps(t *testing.T) {
 	time.Sleep(time.Second) // a watcher that is between two servers gets there
 	unwatch()
 	watchers.Wait()
-	for i, f := range followers {
+	for i := range c.followers {
+		f := &c.followers[i]
 		acknowledged.Range(func(name, _ any) bool {
 			if !f.seen[name.(string)] {
 				t.Errorf("watcher %d never saw %s", i, name)
@@ -152,6 +157,16 @@ func clockSteps(t *testing.T) {
 		})
 	}
 	t.Logf("%d writes acknowledged, all of it in %s", c.count.Load(), time.Since(begun))
+}
+
+// watched reports whether every watcher has the connection that it began with.
+func (c *clocked) watched() bool {
+	for i := range c.followers {
+		if c.followers[i].watches.Load() != 1 {
+			return false
+		}
+	}
+	return true
 }
 
 // terms asks all servers, by connections that are there already, who leads.
@@ -184,6 +199,9 @@ func (c *clocked) step(by time.Duration) {
 	}
 	if after := c.terms(); after != before {
 		c.t.Errorf("a step by %s: %s; before: %s", by, after, before)
+	}
+	if !c.watched() {
+		c.t.Errorf("a step by %s ends watches", by)
 	}
 	c.t.Logf("step by %s: %d writes, %s", by, c.count.Load()-count, before)
 }

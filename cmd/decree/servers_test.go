@@ -66,7 +66,7 @@ func tryOnce(ctx context.Context, peers *peer.Client, address, name string) erro
 type follower struct {
 	seen     map[string]bool
 	revision uint64
-	relists  int
+	watches  atomic.Int32 // that were begun
 }
 
 // follow lists and watches, changing servers after every error, until ctx ends.
@@ -108,8 +108,8 @@ func (f *follower) once(ctx context.Context, c *client.Client, k *api.Kind) erro
 			}
 		}
 		f.seen, f.revision = now, revision
-		f.relists++
 	}
+	f.watches.Add(1)
 	for e, err := range c.WatchObjects(ctx, k, client.WatchOptions{After: f.revision, ListOptions: client.ListOptions{Namespace: "default"}}) {
 		switch {
 		case err != nil && strings.Contains(err.Error(), "too old"), err != nil && strings.Contains(err.Error(), "not kept"):
