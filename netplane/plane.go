@@ -247,7 +247,7 @@ func (p *Plane) lead(self render.Peer, peers []render.Peer) error {
 	if err != nil {
 		return err
 	}
-	if !own {
+	if !own || len(self.Addrs) == 0 { // or this node is not known yet
 		peers = nil
 	}
 	var plan overlay.Plan

@@ -35,6 +35,7 @@ type controlPlane struct {
 	prefix  string   // of namespaces and links
 	flags   []string // of every server
 	servers []*serverProcess
+	agents  []*serverProcess
 }
 
 type serverProcess struct {
@@ -96,25 +97,32 @@ func (p *controlPlane) ip(args ...string) {
 	}
 }
 
-// add makes the namespace of another server.
+// add makes the machine of another server.
 func (p *controlPlane) add(i int) *serverProcess {
 	p.t.Helper()
-	s := &serverProcess{
-		name: fmt.Sprint("s", i+1), netns: fmt.Sprint(p.prefix, "-", i), link: fmt.Sprint(p.prefix, "v", i),
-		address: fmt.Sprint(planeSubnet, i+1, ":7443"), data: filepath.Join(p.dir, fmt.Sprint("s", i+1)),
-	}
+	s := p.machine(fmt.Sprint("s", i+1), i+1)
 	p.servers = append(p.servers, s)
+	return s
+}
+
+// machine makes a namespace with an address.
+func (p *controlPlane) machine(name string, host int) *serverProcess {
+	p.t.Helper()
+	s := &serverProcess{
+		name: name, netns: fmt.Sprint(p.prefix, "-", name), link: fmt.Sprint(p.prefix, "v", name),
+		address: fmt.Sprint(planeSubnet, host, ":7443"), data: filepath.Join(p.dir, name),
+	}
 	p.ip("netns", "add", s.netns)
 	p.ip("link", "add", s.link, "type", "veth", "peer", "name", "eth0", "netns", s.netns)
 	p.ip("link", "set", s.link, "master", p.prefix, "up")
-	p.ip("-n", s.netns, "addr", "add", fmt.Sprint(planeSubnet, i+1, "/24"), "dev", "eth0")
+	p.ip("-n", s.netns, "addr", "add", fmt.Sprint(planeSubnet, host, "/24"), "dev", "eth0")
 	p.ip("-n", s.netns, "link", "set", "eth0", "up")
 	p.ip("-n", s.netns, "link", "set", "lo", "up")
 	return s
 }
 
 func (p *controlPlane) remove() {
-	for _, s := range p.servers {
+	for _, s := range slices.Concat(p.servers, p.agents) {
 		p.kill(s)
 		if p.t.Failed() {
 			log, _ := os.ReadFile(s.data + ".log")
@@ -133,14 +141,20 @@ func (p *controlPlane) remove() {
 // start runs a server and does not wait for it.
 func (p *controlPlane) start(s *serverProcess, flags ...string) {
 	p.t.Helper()
+	p.launch(s, "server", slices.Concat([]string{"--address", s.address}, p.flags, flags)...)
+}
+
+// launch runs the program on a machine.
+func (p *controlPlane) launch(s *serverProcess, verb string, flags ...string) {
+	p.t.Helper()
 	log, err := os.OpenFile(s.data+".log", os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	defer log.Close()
-	args := append([]string{cmp.Or(s.binary, p.binary), "server", "--data", s.data, "--node", s.name, "--address", s.address, "--log-level", "info"}, slices.Concat(p.flags, flags)...)
-	if s.netns != "" {
-		args = append([]string{"ip", "netns", "exec", s.netns}, args...)
+	args := append([]string{cmp.Or(s.binary, p.binary), verb, "--data", s.data, "--node", s.name, "--log-level", "info"}, flags...)
+	if s.netns != "" { // not by `ip netns exec`, which hides /sys/fs/cgroup
+		args = append([]string{"nsenter", "--net=/run/netns/" + s.netns}, args...)
 	}
 	s.cmd = exec.Command(args[0], args[1:]...)
 	s.cmd.Stdout, s.cmd.Stderr = log, log
@@ -153,7 +167,7 @@ func (p *controlPlane) start(s *serverProcess, flags ...string) {
 	go func() { defer close(ended); _ = cmd.Wait() }()
 }
 
-// kill ends a server without a warning. `ip netns exec` has become the server itself.
+// kill ends a server without a warning. nsenter has become the server itself.
 func (p *controlPlane) kill(s *serverProcess) {
 	if s.cmd == nil {
 		return

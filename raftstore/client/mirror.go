@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 	"log/slog"
 	"math/rand/v2"
@@ -96,7 +97,11 @@ func NewMirror(cfg MirrorConfig) (*Mirror, error) {
 		}
 		revision, objects, err := readCache(cfg.Cache, s)
 		if err != nil {
-			m.log.Info("the copy starts empty", "resource", s.Resource, "reason", err)
+			level := slog.LevelInfo
+			if errors.Is(err, fs.ErrNotExist) { // the first start
+				level = slog.LevelDebug
+			}
+			m.log.Log(context.Background(), level, "the copy starts empty", "resource", s.Resource, "reason", err)
 			continue
 		}
 		m.replace(s.Resource, objects, revision)

@@ -1,0 +1,179 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/raftstore/client"
+)
+
+// TestTwoNodes: the pods of one push run on two machines, which reach all of them, each
+// other's too, by their own addresses and by their service.
+func TestTwoNodes(t *testing.T) {
+	p := newControlPlane(t, 1)
+	s := p.servers[0]
+	nodes := []*serverProcess{p.agent("n1", 101, s), p.agent("n2", 102, s)}
+	p.push(s, "hello")
+	c, err := p.client(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	pods, _, err := client.List[*corev1.Pod](t.Context(), c, client.ListOptions{Namespace: "default"})
+	if err != nil || len(pods) != 2 || pods[0].Spec.NodeName == pods[1].Spec.NodeName {
+		t.Fatalf("%d pods, both on one node, or an error: %v", len(pods), err)
+	}
+	services, _, err := client.List[*corev1.Service](t.Context(), c, client.ListOptions{Namespace: "default"})
+	if err != nil || len(services) != 1 {
+		t.Fatalf("%d services, %v", len(services), err)
+	}
+	for _, n := range nodes {
+		for _, pod := range pods {
+			fetch(t, n.netns, pod.Status.PodIP+":8080")
+		}
+		answers := map[string]bool{}
+		for range 40 {
+			answers[fetch(t, n.netns, services[0].Spec.ClusterIP+":80")] = true
+		}
+		if len(answers) != 2 {
+			t.Errorf("on %s the service answers %v: want both pods", n.name, answers)
+		}
+	}
+}
+
+// fetch asks a web server from a network namespace, on a new connection.
+func fetch(t *testing.T, name, at string) (answer string) {
+	t.Helper()
+	dial := func(ctx context.Context, network, address string) (c net.Conn, err error) {
+		err = netspace.Do("/run/netns/"+name, func() error {
+			c, err = (&net.Dialer{}).DialContext(ctx, network, address)
+			return err
+		})
+		return c, err
+	}
+	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}}
+	r, err := c.Get("http://" + at)
+	if err != nil {
+		t.Fatalf("%s: %v", name, err)
+	}
+	defer r.Body.Close()
+	body, err := io.ReadAll(r.Body)
+	if err != nil || r.StatusCode != http.StatusOK {
+		t.Fatalf("%s: %s %q, %v", name, r.Status, body, err)
+	}
+	return string(body)
+}
+
+// agent starts a node on a machine of its own, and ends and purges it after the test.
+func (p *controlPlane) agent(name string, host int, server *serverProcess) *serverProcess {
+	t := p.t
+	t.Helper()
+	images, err := filepath.Abs(root + "/bin/images")
+	if err == nil {
+		_, err = os.Stat(filepath.Join(images, "hello.tar"))
+	}
+	if err != nil {
+		t.Fatalf("%v; run: go tool task build", err)
+	}
+	a := p.machine(name, host)
+	p.agents = append(p.agents, a)
+	run := shortFolder(t)
+	t.Cleanup(func() {
+		_ = a.cmd.Process.Signal(syscall.SIGTERM)
+		<-a.ended
+		p.run(server, "nsenter", "--net=/run/netns/"+a.netns, p.binary, "down", "--data", a.data, "--run", run, "--purge")
+	})
+	p.launch(a, "agent", "--join", server.address, "--token", p.token("agent", ""), "--run", run, "--images", images)
+	p.ready(name, server)
+	return a
+}
+
+// ready waits until a node takes pods.
+func (p *controlPlane) ready(name string, server *serverProcess) {
+	p.t.Helper()
+	c, err := p.client(server)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer c.Close()
+	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(20 * time.Millisecond) { // see ask
+		nodes, _, err := client.List[*corev1.Node](p.t.Context(), c, client.ListOptions{})
+		if err != nil {
+			continue
+		}
+		for _, n := range nodes {
+			for _, condition := range n.Status.Conditions {
+				if n.Name == name && condition.Type == corev1.NodeReady && condition.Status == corev1.ConditionTrue {
+					return
+				}
+			}
+		}
+	}
+	p.t.Fatalf("node %s is not ready", name)
+}
+
+// attempt runs a program as the administrator of a server's machine.
+func (p *controlPlane) attempt(at *serverProcess, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, args[0], args[1:]...)
+	cmd.Env = append(os.Environ(), "DECREE_KUBECONFIG="+filepath.Join(at.data, "admin.kubeconfig"), "HOME="+p.dir,
+		"GIT_AUTHOR_NAME=a", "GIT_AUTHOR_EMAIL=a@example.com", "GIT_COMMITTER_NAME=a", "GIT_COMMITTER_EMAIL=a@example.com")
+	out, err := cmd.CombinedOutput()
+	return string(out), err
+}
+
+// run is attempt for what must succeed.
+func (p *controlPlane) run(at *serverProcess, args ...string) string {
+	p.t.Helper()
+	out, err := p.attempt(at, args...)
+	if err != nil {
+		p.t.Fatalf("%v: %v\n%s", args, err, out)
+	}
+	return out
+}
+
+// push makes an example the content of the cluster's repository, and waits until it is
+// healthy.
+func (p *controlPlane) push(at *serverProcess, example string) {
+	p.t.Helper()
+	repo := filepath.Join(p.dir, "repo")
+	p.run(at, "git", "clone", "-q", "decree://"+at.address+"/cluster", repo)
+	manifests, err := filepath.Glob(filepath.Join(root, "examples", example, "*.cue"))
+	if err == nil && len(manifests) == 0 {
+		err = errors.New("there are none")
+	}
+	if err != nil {
+		p.t.Fatalf("manifests of %s: %v", example, err)
+	}
+	p.run(at, append([]string{"cp", "-t", repo}, manifests...)...)
+	p.run(at, "git", "-C", repo, "add", "-A")
+	p.run(at, "git", "-C", repo, "commit", "-qm", example)
+	if out := p.run(at, "git", "-C", repo, "push", "origin", "HEAD:main"); !strings.Contains(out, "healthy after") {
+		p.t.Fatalf("the push did not end healthy:\n%s", out)
+	}
+}
+
+// shortFolder is a folder whose name leaves room for sockets below it.
+func shortFolder(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "decree-a-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
