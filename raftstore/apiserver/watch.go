@@ -143,8 +143,29 @@ func (s *Server) copyEvents(ctx context.Context, out *eventWriter, changes *raft
 		if err := out.flushPending(); err != nil {
 			return err
 		}
+		s.pause(ctx)
 	}
 	return nil
+}
+
+// flushesPerCore is how many batches of events leave in a second for each core. One
+// costs about 20 µs, however many events are in it.
+const flushesPerCore = 10_000
+
+// pause lets a watch that has just sent events wait for its next turn, so that those
+// which come meanwhile leave together. There is no wait unless all watches together
+// send more than the cores are good for.
+func (s *Server) pause(ctx context.Context) {
+	wait := s.flushes.Reserve().Delay()
+	if wait <= 0 {
+		return
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-ctx.Done():
+	}
 }
 
 // watchFilter decides which events a client gets, and as what.

@@ -238,7 +238,7 @@ func (b *bench) fanOutOne(ctx context.Context, t target, what string) error {
 	timed, stop := context.WithTimeout(ctx, b.Duration)
 	defer stop()
 	before, begun := events.Load(), time.Now()
-	times, _, _ := drive(timed, 16, func(ctx context.Context, i int) error { return t.put(ctx, i) })
+	times, _, _ := drive(timed, 256, func(ctx context.Context, i int) error { return t.put(ctx, i) })
 	// The rate at which events arrive, while more are made than can be delivered.
 	rate := float64(events.Load()-before) / time.Since(begun).Seconds()
 	b.say(Sample{Store: t.name(), What: what, PerSec: rate, Value: float64(len(times)) / b.Duration.Seconds(), Unit: "puts/s meanwhile"})
