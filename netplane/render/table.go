@@ -23,8 +23,9 @@ type Desired struct {
 	PodCIDRs    []netip.Prefix // of this node
 	ClusterCIDR []netip.Prefix // all pods
 	ServiceCIDR []netip.Prefix
-	DNS         netip.Addr // the cluster DNS address
-	Domain      string     // "cluster.local"
+	Announced   []netip.Prefix // addresses that nodes announce for load balancers
+	DNS         netip.Addr     // the cluster DNS address
+	Domain      string         // "cluster.local"
 	Services    []*corev1.Service
 	Slices      []*discoveryv1.EndpointSlice
 	Nodes       []*corev1.Node
@@ -136,10 +137,11 @@ type Table struct {
 	// Range is where cluster addresses come from: what is sent there and is not in
 	// Services is refused.
 	Range []netip.Prefix
-	// External are the addresses in Services that are neither in Range nor this node's
-	// own. What others send there through this node, and is not in Services, is refused
-	// too. An interface may hold one nevertheless; then its other ports are the node's.
-	External []netip.Addr
+	// Announced is where the cluster's own load balancer addresses come from, which nodes
+	// announce and do not hold: what others send there through this node and is not in
+	// Services is refused, for it would go round in circles. Other addresses from outside
+	// the cluster are not for the cluster to close: only what is in Services goes there.
+	Announced []netip.Prefix
 	// Local are ports on Range that this node itself serves, such as cluster DNS.
 	Local []Port
 	// Cluster is all pods.
@@ -158,7 +160,7 @@ func (t Table) Equal(u Table) bool {
 
 // SameConfig reports whether the tables agree in everything but Services.
 func (t Table) SameConfig(u Table) bool {
-	return slices.Equal(t.Range, u.Range) && slices.Equal(t.External, u.External) && slices.Equal(t.Local, u.Local) &&
+	return slices.Equal(t.Range, u.Range) && slices.Equal(t.Announced, u.Announced) && slices.Equal(t.Local, u.Local) &&
 		slices.Equal(t.Cluster, u.Cluster) && slices.Equal(t.Near, u.Near) && slices.Equal(t.Pods, u.Pods)
 }
 
