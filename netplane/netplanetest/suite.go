@@ -31,6 +31,7 @@ func Run(t *testing.T, w World) {
 				{"udp", s.udp},
 				{"udpFlow", s.udpFlow},
 				{"affinity", s.affinity},
+				{"types", s.types},
 				{"many", s.many},
 				{"idempotent", s.idempotent},
 				{"settings", s.settings},

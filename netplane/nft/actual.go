@@ -93,7 +93,7 @@ func (s *Services) readOnce(f *family) (*actual, error) {
 func (a *actual) add(f *family, e element) {
 	key := e.key
 	switch e.set {
-	case services, outside, guarded, closed:
+	case services, split, guarded, closed:
 	case allowed:
 		key = key[:len(key)-f.bytes]
 	case endpoints, identities, live:
@@ -196,7 +196,7 @@ func (f *family) service(p render.Port, es []element) (render.Service, bool) {
 			if b, ok := parseBalancer(e.val); ok {
 				n, s.Affinity = b.n, b.affinity
 			}
-		case outside:
+		case split:
 			b, _ := parseBalancer(e.val)
 			s.Split, outer = true, b.n
 		case endpoints:

@@ -75,7 +75,7 @@ func (s *Services) addBalancers(f *family, cs []change) error {
 	for i := range cs {
 		for j := range cs[i].adds {
 			e := &cs[i].adds[j]
-			if e.set != services && e.set != outside || e.val == verdictDrop || s.chains[f][e.val] || slices.Contains(made, e.val) {
+			if e.set != services && e.set != split || e.val == verdictDrop || s.chains[f][e.val] || slices.Contains(made, e.val) {
 				continue
 			}
 			made = append(made, e.val)

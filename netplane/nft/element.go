@@ -47,10 +47,10 @@ func elementsOf(out []element, s *render.Service) []element {
 	out = append(out, element{set: services, key: port, val: balancer{n: n, affinity: s.Affinity}.name()})
 	out = backendsOf(out, s, port, false, taken)
 	if m := len(s.Outside); s.Split && m > 0 {
-		out = append(out, element{set: outside, key: port, val: balancer{outside: true, n: m, affinity: s.Affinity}.name()})
+		out = append(out, element{set: split, key: port, val: balancer{outside: true, n: m, affinity: s.Affinity}.name()})
 		out = backendsOf(out, s, port, true, taken)
 	} else if s.Split {
-		out = append(out, element{set: outside, key: port, val: verdictDrop})
+		out = append(out, element{set: split, key: port, val: verdictDrop})
 	}
 	if len(s.Sources) > 0 {
 		out = append(out, element{set: guarded, key: port})

@@ -56,7 +56,7 @@ func (f *family) balance(own bool) [][]expr.Any {
 		join(f.loadPort(reg0), []expr.Any{member(reg0, guarded)}, f.loadPort(reg0), []expr.Any{client, notMember(reg0, allowed), drop()}),
 	}
 	if !own {
-		rules = append(rules, join([]expr.Any{f.load(reg0, f.saddr), notMember(reg0, cluster)}, to(outside)))
+		rules = append(rules, join([]expr.Any{f.load(reg0, f.saddr), notMember(reg0, cluster)}, to(split)))
 	}
 	return append(rules, to(services))
 }

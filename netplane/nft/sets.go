@@ -13,14 +13,14 @@ type setID uint8
 const (
 	// services maps address . protocol . port to the chain that balances it, or to drop.
 	services setID = iota
-	// outside is services for clients from outside, where they are led elsewhere.
-	outside
+	// split is services for clients from outside, where they are led elsewhere.
+	split
 	// guarded are the services for some sources only, and allowed the ranges service .
 	// client of those.
 	guarded
 	allowed
 	// endpoints maps index . address . protocol . port to endpoint address . port. The
-	// indices of outside begin at firstOutside.
+	// indices of split begin at firstOutside.
 	endpoints
 	// closed are the services without endpoints.
 	closed
@@ -52,7 +52,7 @@ const affinitySize = 1 << 18
 // firstOutside is the index of the first endpoint for clients from outside.
 const firstOutside = 1 << 31
 
-var setNames = [numSets]string{"services", "outside", "guarded", "allowed", "endpoints", "closed", "identities", "live", "affinity", "hairpin",
+var setNames = [numSets]string{"services", "split", "guarded", "allowed", "endpoints", "closed", "identities", "live", "affinity", "hairpin",
 	"cluster", "pods", "range", "announced", "near", "local"}
 
 // interval reports whether a set of addresses holds ranges of them.
@@ -66,7 +66,7 @@ func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
 	port := []nftables.SetDatatype{f.addrType, nftables.TypeInetProto, nftables.TypeInetService}
 	backend := nftables.MustConcatSetType(f.addrType, nftables.TypeInetService)
 	switch id {
-	case services, outside:
+	case services, split:
 		s.KeyType, s.IsMap, s.DataType = concat(port...), true, nftables.TypeVerdict
 	case allowed:
 		s.KeyType, s.Interval = concat(append(slices.Clone(port), f.addrType)...), true

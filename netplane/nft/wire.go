@@ -202,7 +202,7 @@ func (w *wire) element(e *element, value bool) {
 		w.attr(unix.NFTA_DATA_VALUE, e.val)
 		w.unnest(last)
 	case !value || e.val == "":
-	case e.set == services || e.set == outside:
+	case e.set == services || e.set == split:
 		data := w.nest(unix.NFTA_SET_ELEM_DATA)
 		w.verdict(e.val)
 		w.unnest(data)
