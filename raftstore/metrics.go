@@ -54,6 +54,7 @@ func newMetrics(s *Store) *metrics {
 			}
 			return 0
 		}),
+		gauge("term", "Raft's term: it rises with every election.", func() float64 { return float64(s.raft.CurrentTerm()) }),
 		gauge("disk_trouble", "1 while the disk is full, slow or broken.", func() float64 {
 			if s.Trouble() != "" {
 				return 1

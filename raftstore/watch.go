@@ -7,6 +7,7 @@ import (
 	"sort"
 	"strconv"
 	"sync"
+	"sync/atomic"
 
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/state"
@@ -49,6 +50,26 @@ type Event struct {
 	// Previous is the object before the change, nil if there was none; whether it
 	// matched the filter says Type.
 	Previous api.Object
+
+	record *record
+}
+
+// Encoded returns what encode makes of the event. While the event is new, that is made
+// once for all watchers that see it as the same Type; so all of them must encode alike,
+// and nobody may change the result.
+func (e *Event) Encoded(encode func() ([]byte, error)) ([]byte, error) {
+	cell := &e.record.encoded[e.Type-1]
+	if data := cell.Load(); data != nil {
+		return *data, nil
+	}
+	data, err := encode()
+	if err == nil && e.record.fresh.Load() {
+		cell.Store(&data)
+		if !e.record.fresh.Load() { // it has aged meanwhile
+			cell.Store(nil)
+		}
+	}
+	return data, err
 }
 
 // Filter selects what a watcher sees. Its zero value selects everything.
@@ -71,7 +92,7 @@ func (f *Filter) matches(k api.Key, o api.Object) bool {
 
 // event is what the watcher of a filter sees of r, if anything.
 func (f *Filter) event(r *record) (Event, bool) {
-	e := Event{Revision: r.Revision, Key: r.Key, Object: r.New, Previous: r.Old}
+	e := Event{Revision: r.Revision, Key: r.Key, Object: r.New, Previous: r.Old, record: r}
 	before, after := f.matches(r.Key, r.Old), f.matches(r.Key, r.New)
 	switch {
 	case before && after:
@@ -94,6 +115,18 @@ type record struct {
 
 	buried sync.Once
 	grave  api.Object
+
+	// encoded is kept by type while the record is fresh.
+	encoded [Deleted]atomic.Pointer[[]byte]
+	fresh   atomic.Bool
+}
+
+// age lets go of what watchers have made of the record.
+func (r *record) age() {
+	r.fresh.Store(false)
+	for i := range r.encoded {
+		r.encoded[i].Store(nil)
+	}
 }
 
 // tombstone is the old object with the revision of the change.
@@ -119,7 +152,13 @@ type hub struct {
 	records  log[*record]
 	bytes    int
 	streams  map[api.Resource]*stream // "" is all of them
+	// fresh are the newest of records, whose encodings are kept, and their bytes.
+	fresh, freshBytes int
 }
+
+// freshBytes bounds the changes whose encodings are kept for other watchers: those who
+// keep up read them, those who are behind make their own.
+const freshBytes = 4 << 20
 
 // stream is the part of the history that one kind of watcher reads.
 type stream struct {
@@ -158,6 +197,7 @@ func (h *hub) publish(revision uint64, batches [][]state.Event, swap func()) {
 			r.size = sizeOf(&r.Event)
 			h.bytes += r.size
 			h.records.push(r)
+			h.refresh(r)
 			h.stream(r.Key.Resource).add(r)
 		}
 	}
@@ -166,6 +206,17 @@ func (h *hub) publish(revision uint64, batches [][]state.Event, swap func()) {
 		h.stream("").notify()
 	}
 	h.trim()
+}
+
+// refresh makes the newest record a fresh one, and others age for it.
+func (h *hub) refresh(r *record) {
+	r.fresh.Store(true)
+	h.fresh, h.freshBytes = h.fresh+1, h.freshBytes+r.size
+	for h.freshBytes > freshBytes && h.fresh > 1 {
+		old := h.records.at(h.records.len() - h.fresh)
+		old.age()
+		h.fresh, h.freshBytes = h.fresh-1, h.freshBytes-old.size
+	}
 }
 
 // start notes where an empty history begins.
@@ -200,6 +251,9 @@ func (h *hub) trim() {
 	for h.records.len() > 0 && (h.records.len() > h.maxEvents || h.bytes > h.maxBytes) {
 		end := h.records.at(0).end
 		for h.records.len() > 0 && h.records.at(0).end == end {
+			if h.fresh == h.records.len() {
+				h.fresh, h.freshBytes = h.fresh-1, h.freshBytes-h.records.at(0).size
+			}
 			r := h.records.pop()
 			h.bytes -= r.size
 			h.streams[r.Key.Resource].records.pop()
@@ -213,6 +267,7 @@ func (h *hub) reset(revision uint64, swap func()) {
 	defer h.mu.Unlock()
 	swap()
 	h.records, h.bytes, h.revision = log[*record]{}, 0, revision
+	h.fresh, h.freshBytes = 0, 0
 	for _, s := range h.streams {
 		s.records = log[*record]{}
 		s.notify()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 
@@ -82,6 +83,69 @@ func TestWatchTypesAreRelativeToTheFilter(t *testing.T) {
 		t.Fatalf("progress %d", resumed.Progress())
 	} else {
 		expect(t, next(t, resumed), "DELETED a@6", "DELETED b@7", "ADDED c@8")
+	}
+}
+
+// TestEncodedOnce: watchers share what one of them has made of an event that they see as
+// the same type, while it is new.
+func TestEncodedOnce(t *testing.T) {
+	s := open(t, config(t.TempDir()))
+	made := 0
+	encoded := func(w *raftstore.Watch) (out []string) {
+		t.Helper()
+		events, err := w.Next(timeout(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range events {
+			e := &events[i]
+			data, err := e.Encoded(func() ([]byte, error) {
+				made++
+				return fmt.Appendf(nil, "%s %s", e.Type, e.Object.(*corev1.ConfigMap).Data["value"]), nil
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+			out = append(out, string(data))
+		}
+		return out
+	}
+	start := s.View().Revision()
+	red := raftstore.Filter{Match: func(o api.Object) bool { return o.(*corev1.ConfigMap).Data["value"] == "red" }}
+	must(t, s, create(configMap("a", "blue")))
+	must(t, s, update(configMap("a", "red")))
+	must(t, s, update(configMap("a", "blue")))
+	all := []string{"ADDED blue", "MODIFIED red", "MODIFIED blue"}
+	for range 3 {
+		expect(t, encoded(watch(t, s, start, raftstore.Filter{})), all...)
+	}
+	expect(t, encoded(watch(t, s, start, red)), "ADDED red", "DELETED red")
+	if made != 5 {
+		t.Errorf("%d encodings were made, want 5", made)
+	}
+	failed := errors.New("failed")
+	must(t, s, update(configMap("a", "green")))
+	events, err := watch(t, s, s.View().Revision()-1, raftstore.Filter{}).Next(timeout(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []error{failed, nil} { // what failed is not kept
+		if _, err := events[0].Encoded(func() ([]byte, error) { return nil, want }); !errors.Is(err, want) {
+			t.Errorf("got %v, want %v", err, want)
+		}
+	}
+	// Events that are not new any more are encoded by each who wants them.
+	for i := range 12 {
+		must(t, s, create(configMap("big"+strconv.Itoa(i), strings.Repeat("x", 500_000))))
+	}
+	made = 0
+	for range 2 {
+		if got := encoded(watch(t, s, start, raftstore.Filter{})); fmt.Sprint(got[:3]) != fmt.Sprint(all) {
+			t.Errorf("got %q", got[:3])
+		}
+	}
+	if made < 2*len(all)+12 || made > 2*(len(all)+1)+12+8 {
+		t.Errorf("%d encodings were made", made)
 	}
 }
 

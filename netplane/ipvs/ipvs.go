@@ -95,13 +95,17 @@ type Services struct {
 	kernel   *kernel
 	guard    *nft.Guard
 	settings *settings
+	steer    *steer
 	// known says that have, and all that follows, is what the kernel holds.
 	known bool
 	have  render.Table
-	marks map[nft.Mark]bool
+	// marks are those of the guard by port; hairpins are under the zero port. split are
+	// the packet marks of clients from outside that are led elsewhere.
+	marks map[render.Port]map[nft.Mark]bool
+	split map[render.Port]uint32
 	// reach counts how many services go to an address of this node's pods.
 	reach    map[netip.Addr]int
-	draining map[render.Port]*drain
+	draining map[key]*drain
 	swept    time.Time
 }
 
@@ -123,6 +127,9 @@ func New(cfg Config) (*Services, error) {
 	if s.settings, err = openSettings(&cfg); err != nil {
 		return nil, errors.Join(err, s.guard.Close(), s.kernel.Close())
 	}
+	if s.steer, err = openSteer(); err != nil {
+		return nil, errors.Join(err, s.settings.close(), s.guard.Close(), s.kernel.Close())
+	}
 	return s, nil
 }
 
@@ -134,6 +141,7 @@ func (s *Services) Close() error {
 		return nil
 	}
 	s.closed = true
+	s.steer.close()
 	return errors.Join(s.settings.close(), s.guard.Close(), s.kernel.Close())
 }
 

@@ -129,9 +129,13 @@ func netmask(a netip.Addr) uint32 {
 func (k *kernel) service(v *virtual, whole bool) {
 	n := k.Nest(attrService)
 	k.attr16(svcFamily, familyOf(v.Addr))
-	k.attr16(svcProtocol, uint16(v.Proto))
-	k.attrAddr(svcAddr, v.Addr)
-	k.attrPort(svcPort, v.Port.Port)
+	if v.mark != 0 {
+		k.attr32(svcMark, v.mark)
+	} else {
+		k.attr16(svcProtocol, uint16(v.Proto))
+		k.attrAddr(svcAddr, v.Addr)
+		k.attrPort(svcPort, v.Port.Port)
+	}
 	if whole {
 		flags := uint32(0)
 		if v.affinity > 0 {
@@ -210,7 +214,6 @@ func (k *kernel) command(c *command) (at int, seq uint32) {
 }
 
 // services returns all services of the network namespace, without their servers.
-// Those of packet marks, which this package never makes, are left out.
 func (k *kernel) services() ([]*virtual, error) {
 	at := k.begin(k.family, cmdGetService, unix.NLM_F_DUMP)
 	k.End(at)
@@ -242,18 +245,18 @@ func (k *kernel) fill(v *virtual) error {
 		})
 	})
 	if err != nil {
-		return fmt.Errorf("list IPVS servers of %s: %w", v.Port, err)
+		return fmt.Errorf("list IPVS servers of %s: %w", v.key, err)
 	}
 	sortServers(v.servers)
 	return nil
 }
 
-// parseService returns nil for what is not a service of an address.
+// parseService returns nil for what is not a service.
 func parseService(b []byte) *virtual {
 	v := &virtual{}
 	var addr []byte
 	var family uint16
-	var flags, timeout, mask, fwmark uint32
+	var flags, timeout, mask uint32
 	wire.Attributes(b, func(kind uint16, x []byte) {
 		switch kind {
 		case svcFamily:
@@ -265,7 +268,7 @@ func parseService(b []byte) *virtual {
 		case svcPort:
 			v.Port.Port = port(x)
 		case svcMark:
-			fwmark = number(x)
+			v.mark = number(x)
 		case svcScheduler:
 			v.scheduler = string(bytes.TrimRight(x, "\x00"))
 		case svcFlags:
@@ -278,7 +281,9 @@ func parseService(b []byte) *virtual {
 			mask = number(x)
 		}
 	})
-	if v.Addr = address(addr, family); !v.Addr.IsValid() || fwmark != 0 {
+	if v.mark != 0 && (family == unix.AF_INET || family == unix.AF_INET6) {
+		v.key = byMark(v.mark, map[uint16]netip.Addr{unix.AF_INET: netip.IPv4Unspecified()}[family])
+	} else if v.Addr = address(addr, family); !v.Addr.IsValid() {
 		return nil
 	}
 	if flags&flagPersistent != 0 {

@@ -127,7 +127,12 @@ func dump() (string, error) {
 
 func TestKernelConformance(t *testing.T) {
 	inside(t)
-	netplanetest.Run(t, newKernel(t))
+	for _, n := range netplanetest.Nets {
+		t.Run(n.Name, func(t *testing.T) {
+			t.Parallel() // each on machines of its own
+			netplanetest.RunFamily(t, newKernel(t), n)
+		})
+	}
 }
 
 func TestProbeWithout(t *testing.T) {

@@ -1,6 +1,7 @@
 package ipvs
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -19,9 +20,38 @@ type server struct {
 	odd bool
 }
 
-// virtual is a service port as IPVS holds it.
-type virtual struct {
+// key is what IPVS finds a service by: its port or, if that is not zero, a packet mark,
+// together with the family of Addr.
+type key struct {
 	render.Port
+	mark uint32
+}
+
+// String is the port, or "mark 0x12000 of ipv4".
+func (k key) String() string {
+	switch {
+	case k.mark == 0:
+		return k.Port.String()
+	case k.Addr.Is4():
+		return fmt.Sprintf("mark %#x of ipv4", k.mark)
+	}
+	return fmt.Sprintf("mark %#x of ipv6", k.mark)
+}
+
+func (k key) compare(o key) int { return cmp.Or(cmp.Compare(k.mark, o.mark), k.Port.Compare(o.Port)) }
+
+// byMark is the key of services found by a mark; Addr stands for its family.
+func byMark(mark uint32, family netip.Addr) key {
+	k := key{mark: mark}
+	if k.Addr = netip.IPv6Unspecified(); family.Is4() {
+		k.Addr = netip.IPv4Unspecified()
+	}
+	return k
+}
+
+// virtual is a service as IPVS holds it.
+type virtual struct {
+	key
 	scheduler string
 	affinity  time.Duration
 	odd       bool
@@ -56,9 +86,9 @@ type command struct {
 func (c command) String() string {
 	what := [...]string{"new service", "change service", "remove service", "new endpoint", "change endpoint", "remove endpoint"}[c.verb]
 	if c.verb < newServer {
-		return what + " " + c.service.Port.String()
+		return what + " " + c.service.key.String()
 	}
-	return fmt.Sprintf("%s %s of %s", what, c.server.addr, c.service.Port)
+	return fmt.Sprintf("%s %s of %s", what, c.server.addr, c.service.key)
 }
 
 // wanted is what IPVS shall hold of a service; nothing if it has no endpoints.
@@ -66,8 +96,26 @@ func wanted(s *render.Service, scheduler string) *virtual {
 	if s == nil || len(s.Endpoints) == 0 {
 		return nil
 	}
-	v := &virtual{Port: s.Port, scheduler: scheduler, affinity: s.Affinity, servers: make([]server, 0, len(s.Endpoints))}
-	for _, ep := range s.Endpoints {
+	return balanced(key{Port: s.Port}, scheduler, s.Affinity, s.Endpoints)
+}
+
+// wantedOutside is what it shall hold for clients from outside that are led elsewhere;
+// they are found by a mark. Services of marks cannot keep clients and change ports, so
+// that affinity is by the hash of the client there, which few lose when endpoints
+// change.
+func wantedOutside(s *render.Service, scheduler string, mark uint32) *virtual {
+	if s == nil || !s.Split || len(s.Outside) == 0 {
+		return nil
+	}
+	if s.Affinity > 0 {
+		scheduler = "mh"
+	}
+	return balanced(byMark(mark, s.Addr), scheduler, 0, s.Outside)
+}
+
+func balanced(k key, scheduler string, affinity time.Duration, eps []netip.AddrPort) *virtual {
+	v := &virtual{key: k, scheduler: scheduler, affinity: affinity, servers: make([]server, 0, len(eps))}
+	for _, ep := range eps {
 		v.servers = append(v.servers, server{addr: ep, weight: 1})
 	}
 	return v
@@ -87,7 +135,7 @@ func change(have, want *virtual, cut func(*virtual, netip.Addr) bool) (cmds []co
 	if want == nil {
 		return retire(have, cut)
 	}
-	left = &virtual{Port: want.Port, scheduler: want.scheduler, affinity: want.affinity}
+	left = &virtual{key: want.key, scheduler: want.scheduler, affinity: want.affinity}
 	var old []server
 	if have == nil {
 		cmds = append(cmds, command{verb: newService, service: left})
@@ -120,7 +168,7 @@ func change(have, want *virtual, cut func(*virtual, netip.Addr) bool) (cmds []co
 
 // retire ends a service.
 func retire(have *virtual, cut func(*virtual, netip.Addr) bool) (cmds []command, left *virtual) {
-	left = &virtual{Port: have.Port, scheduler: have.scheduler, affinity: have.affinity, odd: have.odd}
+	left = &virtual{key: have.key, scheduler: have.scheduler, affinity: have.affinity, odd: have.odd}
 	for i := range have.servers {
 		c, stays := end(left, &have.servers[i], cut)
 		cmds = append(cmds, c...)
@@ -175,7 +223,7 @@ func both(a, b []server, each func(a, b *server)) {
 // connections ended, or that over says have had their time, and what is left. listed:
 // the service itself stays.
 func drained(have *virtual, listed bool, over func(server) bool) (cmds []command, left *virtual) {
-	left = &virtual{Port: have.Port, scheduler: have.scheduler, affinity: have.affinity, odd: have.odd}
+	left = &virtual{key: have.key, scheduler: have.scheduler, affinity: have.affinity, odd: have.odd}
 	for _, s := range have.servers {
 		if s.weight == 0 && (s.conns == 0 || over(s)) {
 			cmds = append(cmds, command{delServer, left, s})
@@ -189,15 +237,16 @@ func drained(have *virtual, listed bool, over func(server) bool) (cmds []command
 	return cmds, left
 }
 
-// service is what a packet finds, as a table says it.
-func (v *virtual) service() (render.Service, bool) {
-	s := render.Service{Port: v.Port, Affinity: v.affinity}
-	for _, x := range v.servers {
-		if x.weight > 0 {
-			s.Endpoints = append(s.Endpoints, x.addr)
+// live are the endpoints that get connections.
+func (v *virtual) live() (out []netip.AddrPort) {
+	if v != nil {
+		for _, x := range v.servers {
+			if x.weight > 0 {
+				out = append(out, x.addr)
+			}
 		}
 	}
-	return s, len(s.Endpoints) > 0
+	return out
 }
 
 // waiting are the servers without weight.

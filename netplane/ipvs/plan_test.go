@@ -27,7 +27,7 @@ func (m model) do(c command) error {
 		if v != nil {
 			return errors.New("service exists")
 		}
-		m[p] = &virtual{Port: p, scheduler: c.service.scheduler, affinity: c.service.affinity}
+		m[p] = &virtual{key: key{Port: p}, scheduler: c.service.scheduler, affinity: c.service.affinity}
 		return nil
 	case setService, delService:
 		if v == nil {
@@ -58,7 +58,7 @@ func (m model) do(c command) error {
 }
 
 // live are the servers that get connections.
-func (v *virtual) live() map[netip.AddrPort]bool {
+func (v *virtual) lives() map[netip.AddrPort]bool {
 	out := map[netip.AddrPort]bool{}
 	if v != nil {
 		for _, s := range v.servers {
@@ -128,17 +128,17 @@ func TestChange(t *testing.T) {
 			clone.servers = slices.Clone(have.servers)
 			m[p] = &clone
 		}
-		before, after := have.live(), want.live()
+		before, after := have.lives(), want.lives()
 		cmds, left := change(have, want, cut)
 		for _, c := range cmds {
 			if err := m.do(c); err != nil {
 				t.Fatalf("%s: %v", c, err)
 			}
-			if now := m[p].live(); len(before) > 0 && len(after) > 0 && len(now) == 0 {
+			if now := m[p].lives(); len(before) > 0 && len(after) > 0 && len(now) == 0 {
 				t.Fatalf("after %s no endpoint is left", c)
 			}
 		}
-		if got := m[p].live(); !maps.Equal(got, after) {
+		if got := m[p].lives(); !maps.Equal(got, after) {
 			t.Fatalf("leads to %v, want %v", got, after)
 		}
 		if fmt.Sprint(facts(m[p])) != fmt.Sprint(facts(left)) {
@@ -173,7 +173,7 @@ func facts(v *virtual) []string {
 	if v == nil {
 		return nil
 	}
-	out := []string{fmt.Sprint(v.Port, v.scheduler, v.affinity, v.odd)}
+	out := []string{fmt.Sprint(v.key, v.scheduler, v.affinity, v.odd)}
 	for _, s := range v.servers {
 		out = append(out, fmt.Sprint(s.addr, s.weight))
 	}
@@ -189,8 +189,8 @@ func TestDrained(t *testing.T) {
 		if have == nil {
 			return
 		}
-		listed, late := len(have.live()) > 0, drawEndpoints(t)
-		m := model{p: {Port: p, scheduler: have.scheduler, affinity: have.affinity, odd: have.odd, servers: slices.Clone(have.servers)}}
+		listed, late := len(have.lives()) > 0, drawEndpoints(t)
+		m := model{p: {key: key{Port: p}, scheduler: have.scheduler, affinity: have.affinity, odd: have.odd, servers: slices.Clone(have.servers)}}
 		over := func(s server) bool { return slices.Contains(late, s.addr) }
 		cmds, left := drained(have, listed, over)
 		for _, c := range cmds {
@@ -201,8 +201,8 @@ func TestDrained(t *testing.T) {
 		if fmt.Sprint(facts(m[p])) != fmt.Sprint(facts(left)) {
 			t.Fatalf("holds %v, says %v", facts(m[p]), facts(left))
 		}
-		if !maps.Equal(m[p].live(), have.live()) {
-			t.Fatalf("live were %v, are %v", have.live(), m[p].live())
+		if !maps.Equal(m[p].lives(), have.lives()) {
+			t.Fatalf("live were %v, are %v", have.lives(), m[p].lives())
 		}
 		stay := 0
 		for _, s := range have.servers {
@@ -257,7 +257,7 @@ func TestWritten(t *testing.T) {
 		}
 		k.Reset()
 		k.command(&command{verb: newService, service: v})
-		if s := parseService(written(t, k.Buf, attrService)); s == nil || s.Port != v.Port || !s.sameHeader(v) {
+		if s := parseService(written(t, k.Buf, attrService)); s == nil || s.key != v.key || !s.sameHeader(v) {
 			t.Fatalf("wrote %+v, read %+v", v, s)
 		}
 	})

@@ -46,16 +46,21 @@ func NewLab(t testing.TB) *Lab {
 	}
 	netspacetest.In(t, l.Path[Node], func() error {
 		for _, n := range Nets {
-			if err := localRoute(n.Range); err != nil {
+			if err := errors.Join(localRoute(n.Range), routeAway(n.Announced, n.Addr[Outside])); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	for _, h := range append([]Host{Outside}, Pods...) {
+	for _, h := range append([]Host{Outside, Node}, Pods...) {
 		l.serve(t, h)
 	}
 	return l
+}
+
+// routeAway leads to addresses that no host holds, as a node's default route would.
+func routeAway(p netip.Prefix, gateway netip.Addr) error {
+	return netlink.RouteAdd(&netlink.Route{Dst: ipNet(p), Gw: gateway.AsSlice()})
 }
 
 func localRoute(p netip.Prefix) error {
@@ -135,6 +140,15 @@ func (l *Lab) serve(t testing.TB, h Host) {
 			}
 			t.Cleanup(func() { pc.Close() })
 			go serveUDP(pc)
+			if h == Node {
+				continue
+			}
+			sc, err := listenSCTP(n.Addr[h])
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { sc.Close() })
+			go serveSCTP(sc, netip.AddrPortFrom(n.Addr[h], SCTPPort))
 		}
 		return nil
 	})
@@ -189,6 +203,8 @@ func (l *Lab) Send(from Host, proto render.Proto, to netip.AddrPort) (v Verdict,
 			v, err = sendTCP(to)
 		case render.UDP:
 			v, err = sendUDP(to)
+		case render.SCTP:
+			v, err = sendSCTP(to)
 		default:
 			v, err = ping(to.Addr())
 		}

@@ -14,34 +14,38 @@ import (
 // Run runs the suite on a World with nothing in it yet.
 func Run(t *testing.T, w World) {
 	for _, n := range Nets {
-		s := &suite{w: w, n: n}
-		t.Run(n.Name, func(t *testing.T) {
-			s.open(t)
-			for _, c := range []struct {
-				name string
-				run  func(*testing.T)
-			}{
-				{"balance", s.balance},
-				{"change", s.change},
-				{"none", s.none},
-				{"unlisted", s.unlisted},
-				{"hairpin", s.hairpin},
-				{"masquerade", s.masquerade},
-				{"samePort", s.samePort},
-				{"udp", s.udp},
-				{"udpFlow", s.udpFlow},
-				{"affinity", s.affinity},
-				{"many", s.many},
-				{"idempotent", s.idempotent},
-				{"settings", s.settings},
-				{"adopt", s.adopt},
-				{"tamper", s.tamper},
-				{"broken", s.broken},
-				{"purge", s.purge},
-			} {
-				t.Run(c.name, c.run)
-			}
-		})
+		t.Run(n.Name, func(t *testing.T) { RunFamily(t, w, n) })
+	}
+}
+
+// RunFamily runs the suite in one IP family, on a World with nothing in it yet.
+func RunFamily(t *testing.T, w World, n Net) {
+	s := &suite{w: w, n: n}
+	s.open(t)
+	for _, c := range []struct {
+		name string
+		run  func(*testing.T)
+	}{
+		{"balance", s.balance},
+		{"change", s.change},
+		{"none", s.none},
+		{"unlisted", s.unlisted},
+		{"hairpin", s.hairpin},
+		{"masquerade", s.masquerade},
+		{"samePort", s.samePort},
+		{"udp", s.udp},
+		{"udpFlow", s.udpFlow},
+		{"affinity", s.affinity},
+		{"types", s.types},
+		{"many", s.many},
+		{"idempotent", s.idempotent},
+		{"settings", s.settings},
+		{"adopt", s.adopt},
+		{"tamper", s.tamper},
+		{"broken", s.broken},
+		{"purge", s.purge},
+	} {
+		t.Run(c.name, c.run)
 	}
 }
 

@@ -18,32 +18,53 @@ import (
 	"decree.dev/decree/netplane/render"
 )
 
-// MasqueradeBit is the bit of packet marks by which a Guard remembers, between a
-// service and its endpoint, that a connection needs the node's address. It is the
-// one that kube-proxy uses for this, so that other software leaves it alone.
-const MasqueradeBit = 0x4000
+// Bits of packet marks by which a Guard remembers something of a connection's first
+// packet, between a service and its endpoint. OwnBit is the one that kube-proxy uses for
+// masquerading, so that other software leaves it alone.
+const (
+	// OwnBit: this node sent it.
+	OwnBit = 0x4000
+	// FarBit: it comes from outside the cluster.
+	FarBit = 0x2000
+	// DeliverBit: this node has to look at it although the address is none of its own;
+	// a rule of routing does that.
+	DeliverBit = 0x1000
+)
 
 // MarkSet is one of the sets of a Guard that follow services.
 type MarkSet uint8
 
 // The sets of marks.
 const (
-	// Closed are services without endpoints: refused.
+	// Closed are services without endpoints, of which senders are told.
 	Closed MarkSet = iota
-	// Draining are services that ended: new connections are refused, those that are
-	// established go on.
+	// Dropped are such of which they are not.
+	Dropped
+	// Draining are services that ended or lost all endpoints: new connections are
+	// refused, those that are established go on.
 	Draining
-	// Outside are services whose address is in no range.
+	// Outside are services whose address is in no range, but for those that are closed.
 	Outside
+	// Undelivered are services that drop what comes from outside.
+	Undelivered
+	// Guarded are services for some sources only.
+	Guarded
+	// Allowed are those: Source is one.
+	Allowed
+	// Split are services for which packets from outside get Value as mark.
+	Split
 	// Hairpin are addresses of pods that may reach themselves through a service.
 	Hairpin
 )
 
-// Mark is one entry of a set: a port, or for Hairpin an address. It is comparable.
+// Mark is one entry of a set: a port, or for Hairpin an address, with what belongs to
+// it. It is comparable.
 type Mark struct {
-	Set  MarkSet
-	Port render.Port
-	Addr netip.Addr
+	Set    MarkSet
+	Port   render.Port
+	Addr   netip.Addr
+	Source netip.Prefix
+	Value  uint32
 }
 
 func (m *Mark) family() *family {
@@ -53,11 +74,48 @@ func (m *Mark) family() *family {
 	return familyOf(m.Port.Addr)
 }
 
+var markSets = [...]setID{Closed: closed, Dropped: dropped, Draining: draining, Outside: outside, Undelivered: undelivered,
+	Guarded: guarded, Allowed: allowed, Split: marks, Hairpin: hairpin}
+
 func (m *Mark) element() element {
 	if m.Set == Hairpin {
 		return hairpinOf(m.Addr)
 	}
-	return element{set: [...]setID{Closed: closed, Draining: draining, Outside: outside}[m.Set], key: string(appendPort(nil, m.Port))}
+	e := element{set: markSets[m.Set], key: string(appendPort(nil, m.Port))}
+	switch m.Set {
+	case Allowed:
+		e.key, e.val = e.key+string(appendAddr(nil, m.Source.Addr())), e.key+string(appendAddr(nil, lastOf(m.Source)))
+	case Split:
+		e.val = word(m.Value)
+	}
+	return e
+}
+
+// markOf undoes element.
+func (f *family) markOf(e *element) (Mark, bool) {
+	i := slices.Index(markSets[:], e.set)
+	if i < 0 {
+		return Mark{}, false
+	}
+	m := Mark{Set: MarkSet(i)}
+	switch m.Set {
+	case Hairpin:
+		m.Addr = f.addr(e.key)
+		return m, true
+	case Allowed:
+		at := len(e.key) - f.bytes
+		var ok bool
+		if m.Source, ok = prefixBetween(f.addr(e.key[at:]), f.addr(e.val[at:]).Next()); !ok {
+			return Mark{}, false
+		}
+	case Split:
+		if len(e.val) != 4 {
+			return Mark{}, false
+		}
+		m.Value = binary.NativeEndian.Uint32([]byte(e.val))
+	}
+	m.Port = f.port(e.key)
+	return m, true
 }
 
 // GuardState is what the kernel holds of a Guard.
@@ -67,6 +125,8 @@ type GuardState struct {
 	Marks    map[Mark]bool
 	// Before is what Note noted.
 	Before map[uint32]uint32
+	// Salvaged are marks of tables that are not as they should be.
+	Salvaged map[Mark]bool
 }
 
 // Guard is what another balancer (IPVS) needs of nftables, in tables of its own: it
@@ -98,9 +158,9 @@ func NewGuard(table string, log *slog.Logger) (*Guard, error) {
 func (g *Guard) Close() error { return g.s.Close() }
 
 // Read returns what the kernel holds: of tables that are not as they should be only
-// what was noted.
+// what was noted and what can be salvaged.
 func (g *Guard) Read(ctx context.Context) (GuardState, error) {
-	st := GuardState{Marks: map[Mark]bool{}, Before: map[uint32]uint32{}}
+	st := GuardState{Marks: map[Mark]bool{}, Before: map[uint32]uint32{}, Salvaged: map[Mark]bool{}}
 	g.sound, g.made = map[*family]bool{}, map[*family]bool{}
 	for _, f := range families {
 		if err := context.Cause(ctx); err != nil {
@@ -113,7 +173,7 @@ func (g *Guard) Read(ctx context.Context) (GuardState, error) {
 		g.sound[f], g.made[f] = a.sound, a.exists
 		if !a.sound {
 			if a.exists {
-				g.salvage(f, st.Before)
+				g.salvage(f, &st)
 			}
 			continue
 		}
@@ -126,28 +186,28 @@ func (g *Guard) Read(ctx context.Context) (GuardState, error) {
 }
 
 func (st *GuardState) add(f *family, e *element) {
-	switch e.set {
-	case closed:
-		st.Marks[Mark{Set: Closed, Port: f.port(e.key)}] = true
-	case draining:
-		st.Marks[Mark{Set: Draining, Port: f.port(e.key)}] = true
-	case outside:
-		st.Marks[Mark{Set: Outside, Port: f.port(e.key)}] = true
-	case hairpin:
-		st.Marks[Mark{Set: Hairpin, Addr: f.addr(e.key)}] = true
-	case before:
-		if len(e.key) == 4 && len(e.val) == 4 {
-			st.Before[binary.BigEndian.Uint32([]byte(e.key))] = binary.BigEndian.Uint32([]byte(e.val))
-		}
+	if m, ok := f.markOf(e); ok {
+		st.Marks[m] = true
+	}
+	if e.set == before && len(e.key) == 4 && len(e.val) == 4 {
+		st.Before[binary.BigEndian.Uint32([]byte(e.key))] = binary.BigEndian.Uint32([]byte(e.val))
 	}
 }
 
-// salvage reads what was noted from a table that is otherwise damaged.
-func (g *Guard) salvage(f *family, notes map[uint32]uint32) {
-	st := GuardState{Before: notes}
-	err := g.s.wire.contents(f, g.s.name, before, func(e element) { st.add(f, &e) })
-	if err != nil {
-		g.s.log.Warn("kernel settings of before are not known any more", "table", g.s.name, "family", f.name, "err", err)
+// salvage reads what can be of a table that is otherwise damaged: what was noted, and
+// which services have been this balancer's.
+func (g *Guard) salvage(f *family, into *GuardState) {
+	st := GuardState{Marks: into.Salvaged, Before: into.Before}
+	for _, id := range []setID{before, closed, draining, outside} {
+		size := f.set(g.s.table(f), id).KeyType.Bytes
+		err := g.s.wire.contents(f, g.s.name, id, func(e element) {
+			if len(e.key) == int(size) {
+				st.add(f, &e)
+			}
+		})
+		if err != nil {
+			g.s.log.Warn("part of a damaged table cannot be read", "table", g.s.name, "family", f.name, "set", setNames[id], "err", err)
+		}
 	}
 }
 
@@ -205,7 +265,7 @@ func (g *Guard) Settings(ctx context.Context, from, to *render.Table) error {
 	return nil
 }
 
-// Mark removes and adds entries, those of one family at once if they are not many.
+// Mark removes, then adds entries, those of one family at once if they are not many.
 func (g *Guard) Mark(ctx context.Context, dels, adds []Mark) error {
 	for _, f := range families {
 		var d, a []element
@@ -243,7 +303,9 @@ func (g *Guard) commit(ctx context.Context, f *family, dels, adds []element) err
 
 // Forget deletes the kernel's memory of UDP flows to endpoints that services lost.
 // What it could not do is done by the next call.
-func (g *Guard) Forget(ops []diff.Op) error { return g.s.forgetFlows(ops) }
+func (g *Guard) Forget(ops []diff.Op, ranges []netip.Prefix) error {
+	return g.s.forgetFlows(ops, ranges)
+}
 
 // Purge removes the tables.
 func (g *Guard) Purge(ctx context.Context) error { return g.s.Purge(ctx) }
@@ -260,33 +322,65 @@ func (f *family) guardChains() []chain {
 	}
 	return []chain{
 		{name: "refuse", rules: f.refuse()},
-		filter("new_input", nftables.ChainHookInput, 0, f.admit()),
-		filter("new_output", nftables.ChainHookOutput, beforeIPVS, f.admit()),
-		filter("unlisted_input", nftables.ChainHookInput, afterIPVS, f.filter()),
-		filter("unlisted_forward", nftables.ChainHookForward, 0, f.filter()),
-		filter("unlisted_output", nftables.ChainHookOutput, 0, f.filter()),
+		filter("deliver", nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle, f.deliver()),
+		filter("new_input", nftables.ChainHookInput, 0, f.admit(false)),
+		filter("new_output", nftables.ChainHookOutput, beforeIPVS, f.admit(true)),
+		filter("unlisted_input", nftables.ChainHookInput, afterIPVS, f.filter(false)),
+		filter("unlisted_forward", nftables.ChainHookForward, 0, f.filter(true)),
+		filter("unlisted_output", nftables.ChainHookOutput, 0, f.filter(false)),
 		{name: "postrouting", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, prio: nftables.ChainPriorityNATSource, rules: f.guardMasquerade()},
 	}
 }
 
-// admit looks at packets that begin a connection, while they still have the
-// service's address.
-func (f *family) admit() [][]expr.Any {
-	refuse := &expr.Verdict{Kind: expr.VerdictGoto, Chain: "refuse"}
-	established := []expr.Any{
-		ct(expr.CtKeySTATE), masked(expr.CtStateBitNEW, 0), equal(make([]byte, 4)), accept(),
-	}
-	foreign := []expr.Any{f.load(reg0, f.saddr), notMember(reg0, cluster)}
-	mark := []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(MasqueradeBit), MasqueradeBit),
-		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
-	}
+// deliver makes this node look at what is sent to services at addresses that are none of
+// its own. What is refused goes on, to be refused on its way: the kernel sends no ICMP
+// errors from addresses that are not local.
+func (f *family) deliver() [][]expr.Any {
+	known := []expr.Any{ct(expr.CtKeySTATE), masked(expr.CtStateBitNEW, 0), equal(make([]byte, 4))}
 	return [][]expr.Any{
-		established,
+		join(f.loadPort(reg0), []expr.Any{member(reg0, outside)}, markWith(DeliverBit)),
+		join(known, f.loadPort(reg0), []expr.Any{member(reg0, draining)}, markWith(DeliverBit)),
+	}
+}
+
+// admit looks at packets that begin a connection, while they still have the service's
+// address. own: this node sent them.
+func (f *family) admit(own bool) [][]expr.Any {
+	refuse := &expr.Verdict{Kind: expr.VerdictGoto, Chain: "refuse"}
+	client := f.load(reg0+f.words+2, f.saddr) // behind the service
+	rules := [][]expr.Any{
+		{ct(expr.CtKeySTATE), masked(expr.CtStateBitNEW, 0), equal(make([]byte, 4)), accept()},
+		append(f.loadPort(reg0), member(reg0, local), accept()),
 		append(f.loadPort(reg0), member(reg0, draining), refuse),
 		append(f.loadPort(reg0), member(reg0, closed), refuse),
-		join(foreign, []expr.Any{f.load(reg0, f.daddr), member(reg0, ranges)}, mark),
-		join(foreign, f.loadPort(reg0), []expr.Any{member(reg0, outside)}, mark),
+		append(f.loadPort(reg0), member(reg0, dropped), drop()),
+		join(f.loadPort(reg0), []expr.Any{member(reg0, guarded)}, f.loadPort(reg0), []expr.Any{client, notMember(reg0, allowed), drop()}),
+	}
+	if !own {
+		// Once delivered, the bit must not steer the packet's way to the endpoint.
+		rules = slices.Insert(rules, 0, []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(DeliverBit), 0),
+			&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
+		})
+	}
+	bit := uint32(OwnBit)
+	foreign := []expr.Any{f.load(reg0, f.saddr), notMember(reg0, cluster)}
+	if !own {
+		bit = FarBit
+		rules = append(rules,
+			join(foreign, f.loadPort(reg0), []expr.Any{member(reg0, undelivered), drop()}),
+			join(foreign, f.loadPort(reg0), []expr.Any{mapped(reg0, marks, reg0), &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0}, accept()}))
+	}
+	return append(rules,
+		join(foreign, []expr.Any{f.load(reg0, f.daddr), member(reg0, ranges)}, markWith(bit)),
+		join(foreign, f.loadPort(reg0), []expr.Any{member(reg0, outside)}, markWith(bit)))
+}
+
+// markWith sets a bit of the packet's mark.
+func markWith(bit uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^bit, bit),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
 	}
 }
 
@@ -296,12 +390,13 @@ func (f *family) admit() [][]expr.Any {
 func (f *family) guardMasquerade() [][]expr.Any {
 	src, dst := f.load(reg0, f.saddr), f.load(reg0, f.daddr)
 	masq := &expr.Masq{FullyRandom: true}
+	marked := func(bit uint32) []expr.Any {
+		return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(bit, 0), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}}
+	}
 	return [][]expr.Any{
 		{src, f.load(reg0+f.words, f.daddr), member(reg0, hairpin), masq},
-		{
-			&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(MasqueradeBit, 0),
-			&expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}, masq,
-		},
+		append(marked(OwnBit), masq),
+		append(marked(FarBit), dst, notMember(reg0, near), masq),
 		{src, member(reg0, pods), dst, notMember(reg0, cluster), dst, notMember(reg0, ranges), masq},
 	}
 }

@@ -31,14 +31,17 @@ func TestGuard(t *testing.T) {
 	ns := netspacetest.Namespace(t, "node")
 	g := openGuard(t, ns)
 	var want nft.GuardState
-	want.Marks, want.Before = map[nft.Mark]bool{}, map[uint32]uint32{1: 900, 7: 0}
+	want.Marks, want.Before, want.Salvaged = map[nft.Mark]bool{}, map[uint32]uint32{1: 900, 7: 0}, map[nft.Mark]bool{}
 	var marks []nft.Mark
 	for _, n := range netplanetest.Nets {
 		s := &want.Settings
 		s.Range, s.Cluster, s.Pods = append(s.Range, n.Range), append(s.Cluster, n.Cluster), append(s.Pods, n.Pods)
 		p := render.Port{Addr: n.Service(1), Proto: render.TCP, Port: 80}
 		s.Local = append(s.Local, p)
-		marks = append(marks, nft.Mark{Set: nft.Closed, Port: p}, nft.Mark{Set: nft.Draining, Port: p}, nft.Mark{Set: nft.Outside, Port: p}, nft.Mark{Set: nft.Hairpin, Addr: n.Addr[netplanetest.Pod1]})
+		marks = append(marks, nft.Mark{Set: nft.Closed, Port: p}, nft.Mark{Set: nft.Draining, Port: p}, nft.Mark{Set: nft.Outside, Port: p}, nft.Mark{Set: nft.Dropped, Port: p},
+			nft.Mark{Set: nft.Undelivered, Port: p}, nft.Mark{Set: nft.Guarded, Port: p}, nft.Mark{Set: nft.Allowed, Port: p, Source: n.Pods}, nft.Mark{Set: nft.Allowed, Port: p, Source: n.Range},
+			nft.Mark{Set: nft.Split, Port: p, Value: 0x12000}, nft.Mark{Set: nft.Hairpin, Addr: n.Addr[netplanetest.Pod1]})
+		s.Announced, s.Near = append(s.Announced, n.Announced), append(s.Near, n.Addr[netplanetest.Pod2])
 	}
 	for _, m := range marks {
 		want.Marks[m] = true
@@ -51,7 +54,7 @@ func TestGuard(t *testing.T) {
 			t.Fatalf("%v; read\n%+v, want\n%+v", err, got, want)
 		}
 	}
-	empty := nft.GuardState{Marks: map[nft.Mark]bool{}, Before: map[uint32]uint32{}}
+	empty := nft.GuardState{Marks: map[nft.Mark]bool{}, Before: map[uint32]uint32{}, Salvaged: map[nft.Mark]bool{}}
 	check(empty)
 	fill := func() {
 		t.Helper()
@@ -81,6 +84,12 @@ func TestGuard(t *testing.T) {
 	})
 	damaged := empty
 	damaged.Before = want.Before
+	damaged.Salvaged = map[nft.Mark]bool{}
+	for _, m := range marks {
+		if m.Set == nft.Closed || m.Set == nft.Draining || m.Set == nft.Outside {
+			damaged.Salvaged[m] = true
+		}
+	}
 	check(damaged)
 	if g.Undisturbed(&want.Settings) {
 		t.Error("damage is not seen")

@@ -15,6 +15,15 @@ import (
 // netlink attribute can hold.
 const maxMessage = 32 << 10
 
+const (
+	// setElemKeyEnd is NFTA_SET_ELEM_KEY_END of nf_tables.h.
+	setElemKeyEnd = 10
+	// nfDrop is NF_DROP of netfilter.h.
+	nfDrop = 0
+	// verdictDrop stands for a verdict instead of the name of a chain.
+	verdictDrop = "drop"
+)
+
 // elementWire sends set elements to the kernel. It is apart from the netlink library
 // because that one costs several allocations for each attribute of each element,
 // and a cluster's services are hundreds of thousands of them.
@@ -93,14 +102,14 @@ func (w *elementWire) element(e *element, value bool) {
 	w.Attr(unix.NFTA_DATA_VALUE, e.key)
 	w.Unnest(key)
 	switch {
+	case e.set == allowed:
+		last := w.Nest(setElemKeyEnd)
+		w.Attr(unix.NFTA_DATA_VALUE, e.val)
+		w.Unnest(last)
 	case !value || e.val == "":
-	case e.set == services:
+	case e.set == services || e.set == split:
 		data := w.Nest(unix.NFTA_SET_ELEM_DATA)
-		verdict := w.Nest(unix.NFTA_DATA_VERDICT)
-		code := int32(unix.NFT_GOTO)
-		w.attr32(unix.NFTA_VERDICT_CODE, uint32(code))
-		w.Attr(unix.NFTA_VERDICT_CHAIN, e.val+"\x00")
-		w.Unnest(verdict)
+		w.verdict(e.val)
 		w.Unnest(data)
 	default:
 		data := w.Nest(unix.NFTA_SET_ELEM_DATA)
@@ -108,6 +117,19 @@ func (w *elementWire) element(e *element, value bool) {
 		w.Unnest(data)
 	}
 	w.Unnest(item)
+}
+
+// verdict writes where to go: a chain, or nowhere.
+func (w *elementWire) verdict(chain string) {
+	verdict := w.Nest(unix.NFTA_DATA_VERDICT)
+	if chain == verdictDrop {
+		w.attr32(unix.NFTA_VERDICT_CODE, nfDrop)
+	} else {
+		code := int32(unix.NFT_GOTO)
+		w.attr32(unix.NFTA_VERDICT_CODE, uint32(code))
+		w.Attr(unix.NFTA_VERDICT_CHAIN, chain+"\x00")
+	}
+	w.Unnest(verdict)
 }
 
 // ruleTags returns the user data of the rules of each chain of a table, in order.
@@ -159,10 +181,12 @@ func decodeElement(id setID, item []byte) element {
 			e.end = len(v) == 4 && binary.BigEndian.Uint32(v)&unix.NFT_SET_ELEM_INTERVAL_END != 0
 		case unix.NFTA_SET_ELEM_KEY:
 			wire.Attributes(v, func(_ uint16, v []byte) { e.key = string(v) })
+		case setElemKeyEnd:
+			wire.Attributes(v, func(_ uint16, v []byte) { e.val = string(v) })
 		case unix.NFTA_SET_ELEM_DATA:
 			wire.Attributes(v, func(kind uint16, v []byte) {
 				if kind == unix.NFTA_DATA_VERDICT {
-					e.val = verdictChain(v)
+					e.val = verdictOf(v)
 				} else {
 					e.val = string(v)
 				}
@@ -172,11 +196,14 @@ func decodeElement(id setID, item []byte) element {
 	return e
 }
 
-// verdictChain takes the chain out of an encoded verdict.
-func verdictChain(b []byte) (chain string) {
+// verdictOf takes the chain, or verdictDrop, out of an encoded verdict.
+func verdictOf(b []byte) (chain string) {
 	wire.Attributes(b, func(kind uint16, v []byte) {
-		if kind == unix.NFTA_VERDICT_CHAIN {
+		switch {
+		case kind == unix.NFTA_VERDICT_CHAIN:
 			chain = string(bytes.TrimRight(v, "\x00"))
+		case kind == unix.NFTA_VERDICT_CODE && len(v) == 4 && binary.BigEndian.Uint32(v) == nfDrop:
+			chain = verdictDrop
 		}
 	})
 	return chain

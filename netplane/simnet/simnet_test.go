@@ -23,8 +23,12 @@ func (w world) Send(from netplanetest.Host, proto render.Proto, to netip.AddrPor
 			continue
 		}
 		src := n.Addr[from]
-		if from == netplanetest.Node && n.Range.Contains(to.Addr()) {
+		switch {
+		case from != netplanetest.Node:
+		case n.Range.Contains(to.Addr()) || to.Addr() == n.Uplink:
 			src = to.Addr() // service addresses are local to a node
+		case !n.Cluster.Contains(to.Addr()):
+			src = n.Uplink
 		}
 		v, err := w.k.Send(src, render.Port{Addr: to.Addr(), Proto: proto, Port: to.Port()})
 		return netplanetest.Verdict{To: v.To, From: v.From, Rejected: v.Rejected, Dropped: v.Dropped}, err
@@ -61,6 +65,9 @@ func newKernel(now func() time.Time) *Kernel {
 		node = append(node, Address{n.Uplink, netip.PrefixFrom(n.Uplink, 0).Masked()})
 	}
 	k := New(1, now, node...)
+	k.Serve(render.TCP, netplanetest.TCPPort)
+	k.Serve(render.TCP, netplanetest.SecondPort)
+	k.Serve(render.UDP, netplanetest.UDPPort)
 	for _, n := range netplanetest.Nets {
 		for h, a := range n.Addr {
 			if h != netplanetest.Node {

@@ -16,9 +16,11 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/time/rate"
 )
 
 // Config is everything a Server depends on. Store is required.
@@ -91,6 +93,7 @@ type Server struct {
 	metrics *requestMetrics
 	pages   pageCache
 	watches gauge
+	flushes *rate.Limiter // of batches of events to watches
 	streams gauge
 }
 
@@ -105,6 +108,8 @@ func New(cfg Config) (*Server, error) {
 		s.log = slog.Default()
 	}
 	s.watches.limit, s.streams.limit = int64(cfg.Watches), int64(cfg.Streams)
+	flushes := flushesPerCore * runtime.GOMAXPROCS(0)
+	s.flushes = rate.NewLimiter(rate.Limit(flushes), flushes/100)
 	s.metrics = newRequestMetrics(cfg.Registerer, &s.watches, &s.streams)
 	s.routes = s.newRoutes()
 	return s, nil

@@ -10,6 +10,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/watch"
 
+	"decree.dev/decree/raftstore"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -36,6 +37,22 @@ type event struct {
 	Object any             `json:"object"`
 }
 
+// addShared is add for an event that other watchers see just as it is: it is encoded
+// once for all of them.
+func (e *eventWriter) addShared(change *raftstore.Event) {
+	kind := watch.EventType(change.Type.String())
+	if e.format.table || e.err != nil { // a table tells of ages
+		e.add(kind, change.Object)
+		return
+	}
+	line, err := change.Encoded(func() ([]byte, error) { return encodeEvent(kind, withType(e.kind, change.Object)) })
+	if err != nil {
+		e.err = err
+		return
+	}
+	e.pending = append(e.pending, line...)
+}
+
 func (e *eventWriter) add(kind watch.EventType, o api.Object) {
 	if e.err != nil {
 		return
@@ -57,12 +74,21 @@ func (e *eventWriter) add(kind watch.EventType, o api.Object) {
 }
 
 func (e *eventWriter) encode(kind watch.EventType, body any) {
-	data, err := json.Marshal(event{kind, body})
+	line, err := encodeEvent(kind, body)
 	if err != nil {
-		e.err = fmt.Errorf("encode event: %w", err)
+		e.err = err
 		return
 	}
-	e.pending = append(append(e.pending, data...), '\n')
+	e.pending = append(e.pending, line...)
+}
+
+// encodeEvent returns an event as a line of JSON.
+func encodeEvent(kind watch.EventType, body any) ([]byte, error) {
+	data, err := json.Marshal(event{kind, body})
+	if err != nil {
+		return nil, fmt.Errorf("encode event: %w", err)
+	}
+	return append(data, '\n'), nil
 }
 
 const flushAt = 64 << 10 // bytes of pending events that are written at once

@@ -9,9 +9,13 @@ import (
 
 // The formats of log entries. A format is written once every server of the cluster
 // reads it (Server.status.format); until then nobody can write what needs it.
+// Format 2 brought parts of large transactions, and the kinds of the control plane.
 const (
 	Oldest = 1 // read as long as a log or a snapshot may hold it
-	Newest = 2 // parts of large transactions, and the kinds of the control plane
+	Newest = newest
+
+	// FormatOfParts is the oldest format that has parts of large transactions.
+	FormatOfParts = sinceParts
 )
 
 // since is the format that brought a kind to the log, for those that were not there
@@ -30,7 +34,7 @@ func FormatOfKind(r api.Resource) int { return max(Oldest, since[r]) }
 func FormatOf(t *Txn) int {
 	format := Oldest
 	if t.Part != nil {
-		format = max(2, t.Part.Format)
+		format = max(FormatOfParts, t.Part.Format)
 	}
 	if t.Bootstrap != nil && t.Bootstrap.Restored != nil || newKinds(t.Mutations) {
 		format = max(format, 2)
@@ -58,7 +62,7 @@ func formatOfEncoded(b []byte) (int, error) {
 		format = 2
 	}
 	if flags&hasPart != 0 {
-		format = max(format, r.small())
+		format = max(format, FormatOfParts, r.small())
 	}
 	return format, r.err
 }

@@ -121,6 +121,17 @@ func (e *removedError) Error() string {
 		e.server.Name, e.server.Status.Removed.UTC().Format(time.RFC3339))
 }
 
+// Removed returns what a server of a machine is told after it was taken out of the
+// cluster, an error for [IsRemoved]; nil: it was not. It is pure.
+func Removed(view api.Reader, node string) error {
+	for s := range api.List[*api.Server](view, "") {
+		if s.Spec.Node == node && s.Status.Removed != nil {
+			return &removedError{s}
+		}
+	}
+	return nil
+}
+
 // ErrorCode tells other servers what the error is.
 func (*removedError) ErrorCode() string { return codeRemoved }
 

@@ -55,7 +55,7 @@ type Mux struct {
 
 	mu      sync.Mutex
 	outlets map[string]*outlet // by protocol
-	conns   map[net.Conn]struct{}
+	conns   map[net.Conn]*trackedConn
 	shaking map[string]int // handshakes under way, by source address
 	pending int
 	closed  chan struct{}
@@ -67,7 +67,7 @@ func NewMux(l net.Listener, cfg MuxConfig) *Mux {
 	if cfg.Log == nil {
 		cfg.Log = slog.Default()
 	}
-	return &Mux{cfg: cfg, inner: l, log: cfg.Log, outlets: map[string]*outlet{}, conns: map[net.Conn]struct{}{}, shaking: map[string]int{}, closed: make(chan struct{})}
+	return &Mux{cfg: cfg, inner: l, log: cfg.Log, outlets: map[string]*outlet{}, conns: map[net.Conn]*trackedConn{}, shaking: map[string]int{}, closed: make(chan struct{})}
 }
 
 // outlet is the listener of some protocols.
@@ -142,11 +142,12 @@ func (m *Mux) Serve(ctx context.Context) error {
 			continue
 		}
 		pause = 0
-		if !m.enter(c) {
+		tracked := &trackedConn{Conn: c, mux: m}
+		if !m.enter(tracked) {
 			c.Close()
 			continue
 		}
-		handshakes.Go(func() { m.admit(ctx, c, config) })
+		handshakes.Go(func() { m.admit(ctx, tracked, config) })
 	}
 }
 
@@ -171,7 +172,7 @@ func (m *Mux) withProtocols(config *tls.Config) *tls.Config {
 }
 
 // enter reports whether there is room for another stranger.
-func (m *Mux) enter(c net.Conn) bool {
+func (m *Mux) enter(c *trackedConn) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	source := sourceOf(c)
@@ -182,7 +183,7 @@ func (m *Mux) enter(c net.Conn) bool {
 	}
 	m.pending++
 	m.shaking[source]++
-	m.conns[c] = struct{}{}
+	m.conns[c.Conn] = c
 	return true
 }
 
@@ -211,18 +212,18 @@ func sourceOf(c net.Conn) string {
 }
 
 // admit shakes hands and passes the connection on.
-func (m *Mux) admit(ctx context.Context, raw net.Conn, config *tls.Config) {
-	tracked := &trackedConn{Conn: raw, mux: m}
+func (m *Mux) admit(ctx context.Context, tracked *trackedConn, config *tls.Config) {
 	conn := tls.Server(tracked, config)
 	err := m.handshake(ctx, conn)
-	m.shaken(raw)
+	m.shaken(tracked)
 	if err != nil {
-		m.log.Debug("connection refused", "from", raw.RemoteAddr(), "error", err)
+		m.log.Debug("connection refused", "from", tracked.RemoteAddr(), "error", err)
 		conn.Close()
 		return
 	}
 	state := conn.ConnectionState()
 	m.mu.Lock()
+	tracked.state = &state // before Admit looks: what changes after that look, Recheck sees
 	o := m.outlets[state.NegotiatedProtocol]
 	if o == nil {
 		o = m.outlets["http/1.1"] // who does not speak ALPN speaks HTTP
@@ -230,7 +231,7 @@ func (m *Mux) admit(ctx context.Context, raw net.Conn, config *tls.Config) {
 	m.mu.Unlock()
 	if m.cfg.Admit != nil {
 		if err := m.cfg.Admit(state.NegotiatedProtocol, state); err != nil {
-			m.log.Warn("connection refused", "from", raw.RemoteAddr(), "protocol", state.NegotiatedProtocol, "error", err)
+			m.log.Warn("connection refused", "from", tracked.RemoteAddr(), "protocol", state.NegotiatedProtocol, "error", err)
 			conn.Close()
 			return
 		}
@@ -257,6 +258,31 @@ func (m *Mux) handshake(ctx context.Context, conn *tls.Conn) error {
 	return nil
 }
 
+// Recheck closes the connections that still says an error about: their TLS state is
+// that of their handshake, and what it was judged by may have changed since. Handshakes
+// under way are not its matter, Admit decides about them later. It returns how many
+// connections it has closed. still must not wait.
+func (m *Mux) Recheck(still func(protocol string, state tls.ConnectionState) error) (closed int) {
+	m.mu.Lock()
+	var conns []*trackedConn
+	for _, c := range m.conns {
+		if c.state != nil {
+			conns = append(conns, c)
+		}
+	}
+	m.mu.Unlock()
+	for _, c := range conns {
+		err := still(c.state.NegotiatedProtocol, *c.state)
+		if err == nil {
+			continue
+		}
+		m.log.Warn("connection closed", "from", c.RemoteAddr(), "protocol", c.state.NegotiatedProtocol, "error", err)
+		c.Close() // not TLS's, which would wait for whoever is slow to read
+		closed++
+	}
+	return closed
+}
+
 // close ends the port and every connection that came through it.
 func (m *Mux) close() {
 	m.inner.Close()
@@ -271,8 +297,9 @@ func (m *Mux) close() {
 // trackedConn tells the mux when it is closed.
 type trackedConn struct {
 	net.Conn
-	mux  *Mux
-	once sync.Once
+	mux   *Mux
+	state *tls.ConnectionState // nil until the handshake is complete; written once, under the mux's lock
+	once  sync.Once
 }
 
 func (t *trackedConn) Close() error {

@@ -40,11 +40,15 @@ func On[In any](f func(ctx context.Context, from Identity, in In) (any, error)) 
 // callTimeout bounds the wall time of a call by name.
 const callTimeout = 5 * time.Minute
 
-// Server answers the calls of other servers. All fields but Log are required.
+// Server answers the calls of other servers. Store and Handlers are required.
 type Server struct {
 	Store    Store
 	Handlers map[string]Handler
-	Log      *slog.Logger // nil: slog.Default()
+	// Refuse says why nothing that comes from a server is done; nil, or a nil error:
+	// there is no reason. It is asked when a connection begins, and every call of that
+	// connection is answered with the error: a server that was removed learns it so.
+	Refuse func(Identity) error
+	Log    *slog.Logger // nil: slog.Default()
 }
 
 // Serve answers the connections of l, which must come from [Mux.Listen], until ctx is
@@ -73,6 +77,7 @@ type serverConn struct {
 	*Server
 	from  Identity
 	out   *outbox
+	no    error         // why nothing is done; nil: no reason
 	slots chan struct{} // one for every call under way
 	calls sync.WaitGroup
 }
@@ -82,6 +87,9 @@ func (s *Server) serve(ctx context.Context, conn net.Conn) {
 	c := &serverConn{Server: s, out: newOutbox(), slots: make(chan struct{}, maxCalls)}
 	if t, ok := conn.(*tls.Conn); ok {
 		c.from, _ = IdentityOf(t.ConnectionState())
+	}
+	if s.Refuse != nil {
+		c.no = s.Refuse(c.from)
 	}
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
@@ -114,6 +122,10 @@ func (c *serverConn) read(ctx context.Context, r *bufio.Reader) error {
 		case c.slots <- struct{}{}:
 		case <-ctx.Done():
 			return context.Cause(ctx)
+		}
+		if c.no != nil {
+			c.fail(f.id, c.no)
+			continue
 		}
 		switch f.kind {
 		case methodPropose:

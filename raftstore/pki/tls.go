@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 )
 
 // ErrPeer says that the other side of a connection is not who it must be.
@@ -14,7 +15,7 @@ var ErrPeer = errors.New("verify peer")
 // ServerTLS returns the configuration of a server: TLS 1.3 with the given protocols
 // (ALPN), the current certificate, and a client certificate that is optional but must
 // lead to a trusted CA if it is shown. Every connection is judged by what is current
-// when it is made; those that exist go on.
+// when it is made; those that exist go on, see [Keeper.Recheck].
 //
 // There is no session resumption: a resumed session carries the identity that was
 // verified when it began, and would outlive a certificate that has ended and a CA
@@ -58,6 +59,31 @@ func (k *Keeper) ClientTLS(next ...string) *tls.Config {
 			return verifyServer(cs, k.current.Load().pool)
 		},
 	}
+}
+
+// Recheck says why the peer of a connection would not be believed any more: the CA
+// that its verified chains lead to was dropped, or a certificate in them has ended. A
+// certificate that begins after now is none of that: the clock was set back.
+//
+// It verifies no signature, and costs next to nothing. Someone with a certificate of a
+// CA that is trusted, who was verified by way of one that is not, is told to go too:
+// the next handshake finds the other way.
+func (k *Keeper) Recheck(chains [][]*x509.Certificate, now time.Time) error {
+	cas := k.current.Load().cas
+	err := fmt.Errorf("%w: it has shown no certificate", ErrPeer)
+	for _, chain := range chains {
+		root := chain[len(chain)-1]
+		ended := slices.IndexFunc(chain, func(c *x509.Certificate) bool { return now.After(c.NotAfter) })
+		switch {
+		case !slices.ContainsFunc(cas, root.Equal):
+			err = fmt.Errorf("%w: the CA of %q is not trusted any more", ErrPeer, chain[0].Subject.CommonName)
+		case ended >= 0:
+			err = fmt.Errorf("%w: the certificate of %q ended at %s", ErrPeer, chain[ended].Subject.CommonName, chain[ended].NotAfter.UTC().Format(time.RFC3339))
+		default:
+			return nil
+		}
+	}
+	return err
 }
 
 func (k *Keeper) certificate() (*tls.Certificate, error) {

@@ -76,10 +76,13 @@ func (s *State) WriteTo(w io.Writer) (int64, error) {
 
 // format is the oldest log format that knows all of the content.
 func (s *State) format() int {
-	if len(s.parts) > 0 || s.settings != nil && s.settings.Restored != nil {
-		return 2
-	}
 	format := command.Oldest
+	if len(s.parts) > 0 {
+		format = command.FormatOfParts
+	}
+	if s.settings != nil && s.settings.Restored != nil {
+		format = max(format, 2)
+	}
 	for r, kind := range kinds {
 		if s.tables[kind.index].Len() > 0 {
 			format = max(format, command.FormatOfKind(r))

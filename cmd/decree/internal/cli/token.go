@@ -94,8 +94,8 @@ func caCmd(e *env) *cobra.Command {
 		verb("show", "Show which CAs are trusted, which one signs, and what a rotation waits for", "", http.MethodGet),
 		verb("rotate", "Make a new CA and change over to it step by step", `Rotate makes a new CA. The cluster changes over to it by itself: all learn to trust it,
 then it signs, then everybody gets a new certificate, and a day later at the earliest
-the old one is given up. Kubeconfigs that were copied to other machines must be copied
-again within that day. decree ca show says how far it is.`, http.MethodPost))
+(--ca-overlap of the servers) the old one is given up. Kubeconfigs that were copied to
+other machines must be copied again within that day. decree ca show says how far it is.`, http.MethodPost))
 	return c
 }
 

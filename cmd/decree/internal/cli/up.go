@@ -130,6 +130,7 @@ func (d *daemonFlags) server(c *cobra.Command, cfg *daemon.Config, address strin
 	f.BoolVar(&cfg.NonVoter, "non-voter", false, "hold the whole state, never vote")
 	f.DurationVar(&cfg.Grace, "dead-server-grace", 0, "how long a dead server is waited for before it is given up (default 1h; negative: for ever)")
 	f.DurationVar(&cfg.Heartbeat, "heartbeat-timeout", 0, "how long to wait for a leader that falls silent (default 300ms); the same on all servers")
+	f.DurationVar(&cfg.CAOverlap, "ca-overlap", 24*time.Hour, "how long the old CA is trusted at least after a new one was made, for kubeconfigs that were copied away")
 	f.StringVar(&cfg.MasterKey, "master-key", "", "file with the key that wraps the keys of everything on disk (default: one in the data folder)")
 	f.StringVar(&cfg.Snapshots.To, "snapshot-to", "", "folder or s3://BUCKET/PREFIX?endpoint=HOST that the leader saves snapshots to")
 	f.DurationVar(&cfg.Snapshots.Every, "snapshot-every", time.Hour, "time from one snapshot to the next")

@@ -262,10 +262,6 @@ func (s *server) newCA(ctx context.Context) error {
 	})
 }
 
-// caOverlap is how long two CAs stand beside each other at least, for kubeconfigs that
-// were copied away.
-const caOverlap = 24 * time.Hour
-
 // fleet is who holds certificates of the cluster.
 func (s *server) fleet() pki.Fleet {
 	view := s.store.View()
@@ -275,7 +271,7 @@ func (s *server) fleet() pki.Fleet {
 			members[o.Spec.Node] = true
 		}
 	}
-	f := pki.Fleet{Overlap: caOverlap}
+	f := pki.Fleet{Overlap: s.cfg.CAOverlap}
 	for m := range api.List[*api.Machine](view, "") {
 		h := pki.Holder{Name: m.Spec.Role + " " + m.Spec.Node, Issuer: m.Status.Issuer, Trusts: m.Status.Trusts, Expires: m.Status.Expires.Time}
 		switch {

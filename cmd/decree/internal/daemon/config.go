@@ -52,6 +52,9 @@ type Config struct {
 	Snapshots SnapshotConfig
 	// TrustEvery is the time between two looks at which CAs to trust; zero: join's.
 	TrustEvery time.Duration
+	// CAOverlap is how long two CAs stand beside each other at least when one is
+	// replaced, for kubeconfigs that were copied away.
+	CAOverlap time.Duration
 
 	NoAgent bool   // control plane only
 	Version string // of this build

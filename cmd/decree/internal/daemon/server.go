@@ -209,31 +209,6 @@ func (s *server) self() membership.Self {
 	}
 }
 
-// admit lets servers alone speak the protocols of servers, and no server that was
-// taken out of the cluster.
-func (s *server) admit(protocol string, state tls.ConnectionState) error {
-	want := map[string]string{peer.ProtocolRaft: api.RoleServer, peer.ProtocolPeer: api.RoleServer, tunnel.Protocol: api.RoleAgent}[protocol]
-	if want == "" {
-		return nil
-	}
-	who, ok := peer.IdentityOf(state)
-	if !ok {
-		return fmt.Errorf("an %s shows a certificate", want)
-	}
-	role, node, ok := pki.Who(state.VerifiedChains[0][0])
-	if !ok || role != want {
-		return fmt.Errorf("%s is no %s", who.Name, want)
-	}
-	if protocol == peer.ProtocolRaft {
-		for o := range api.List[*api.Server](s.store.View(), "") {
-			if o.Spec.Node == node && o.Status.Removed != nil {
-				return fmt.Errorf("server %s was removed from the cluster", o.Name)
-			}
-		}
-	}
-	return nil
-}
-
 // nodeOf is whose agent a connection is.
 func nodeOf(c net.Conn) (string, bool) {
 	t, ok := c.(*tls.Conn)
@@ -340,9 +315,12 @@ func (s *server) writeKubeconfig(now time.Time) error {
 	if err != nil {
 		return err
 	}
+	if !slices.Contains(s.creds.keeper.Trusts(), issuer.Fingerprint()) {
+		return nil // this server is still catching up: the CA of its state was given up since
+	}
 	path := Kubeconfig(s.cfg.Data)
 	url := "https://" + localAddress(s.listener.Addr().String())
-	if old, err := pki.ReadKubeconfig(path); err == nil && old.Server == url && string(old.CA) == string(issuer.Bundle()) && old.Fresh(now) {
+	if old, err := pki.ReadKubeconfig(path); err == nil && old.Server == url && string(old.CA) == string(issuer.Bundle()) && old.Fresh(now) && signs(issuer, old.Pair) {
 		return nil
 	}
 	pair, err := issuer.Issue(pki.Admin("admin"), now)
@@ -350,6 +328,12 @@ func (s *server) writeKubeconfig(now time.Time) error {
 		return err
 	}
 	return pki.Kubeconfig{Server: url, CA: issuer.Bundle(), User: "admin", Pair: pair}.Write(path)
+}
+
+// signs reports whether a certificate is of the CA that signs now.
+func signs(issuer *pki.Issuer, pair pki.Pair) bool {
+	cert, err := pair.TLS()
+	return err == nil && issuer.SignedBy(cert.Leaf) == issuer.Fingerprint()
 }
 
 // localAddress is how this machine reaches an address that it listens on.
@@ -390,7 +374,7 @@ func (s *server) seed(ctx context.Context, folder string) error {
 
 // run serves until ctx ends or a part fails for good.
 func (s *server) run(start func(name string, f func(context.Context) error)) {
-	rpc := &peer.Server{Store: s.store, Handlers: s.calls(), Log: s.cfg.Log.With("part", "peers")}
+	rpc := &peer.Server{Store: s.store, Handlers: s.calls(), Refuse: s.refuse, Log: s.cfg.Log.With("part", "peers")}
 	start("listener", s.mux.Serve)
 	start("peers", func(ctx context.Context) error { return rpc.Serve(ctx, s.peerL) })
 	start("api", func(ctx context.Context) error { return s.api.Serve(ctx, s.httpL) })
@@ -398,6 +382,7 @@ func (s *server) run(start func(name string, f func(context.Context) error)) {
 	start("tunnels", func(ctx context.Context) error { return s.tunnels.Serve(ctx, s.agentL) })
 	start("git", s.replica.Run)
 	start("keys", s.followKeys)
+	start("trust", s.followTrust)
 	start("contacts", s.tell)
 	start("announce", s.announce)
 	start("credentials", s.keepCredentials)
@@ -443,27 +428,27 @@ func (s *server) keepCredentials(ctx context.Context) error {
 	g := newGroup(ctx)
 	g.start("renew", func(ctx context.Context) error { return s.creds.keeper.Run(ctx, member.Renew) })
 	g.start("follow", member.Follow)
-	g.start("kubeconfig", func(ctx context.Context) error {
-		for {
-			changed := s.creds.keeper.Changed()
-			if err := s.writeKubeconfig(time.Now()); err != nil {
-				s.cfg.Log.Warn("write the administrator's kubeconfig", "error", err)
-			}
-			if err := s.writeServers(); err != nil {
-				s.cfg.Log.Warn("write down where the servers are", "error", err)
-			}
-			timer := time.NewTimer(time.Minute)
-			select {
-			case <-changed:
-			case <-timer.C:
-			case <-ctx.Done():
-				timer.Stop()
-				return nil
-			}
-			timer.Stop()
-		}
-	})
+	g.start("operators", s.keepOperators)
 	return g.wait()
+}
+
+// keepOperators keeps what the operators of this machine need in its data folder.
+func (s *server) keepOperators(ctx context.Context) error {
+	for {
+		changed, revision := s.creds.keeper.Changed(), s.store.View().Revision()
+		if err := s.writeKubeconfig(time.Now()); err != nil {
+			s.cfg.Log.Warn("write the administrator's kubeconfig", "error", err)
+		}
+		if err := s.writeServers(); err != nil {
+			s.cfg.Log.Warn("write down where the servers are", "error", err)
+		}
+		waiting, cancel := context.WithTimeout(ctx, time.Minute)
+		err := s.awaitAny(waiting, changed, revision, api.Authorities)
+		cancel()
+		if err != nil || ctx.Err() != nil {
+			return err
+		}
+	}
 }
 
 func (s *server) close() {

@@ -1,12 +1,12 @@
 package storebench
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -139,6 +139,7 @@ func connect(ctx context.Context, data string) (*client.Client, error) {
 	for {
 		cfg, err := client.FromKubeconfig(filepath.Join(data, "admin.kubeconfig"))
 		if err == nil {
+			cfg.Retries = -1 // a server that is down has others beside it
 			return client.New(cfg)
 		}
 		if time.Now().After(deadline) || ctx.Err() != nil {
@@ -221,13 +222,18 @@ func (d *decree) propose(ctx context.Context, t command.Txn) error {
 	return err
 }
 
-func (d *decree) fill(ctx context.Context, n int) error {
-	t := command.Txn{}
-	for i := range n {
-		o := object(i)
-		t.Mutations = append(t.Mutations, api.Mutation{Verb: api.Create, Key: api.KeyOf(o), Object: o})
+func (d *decree) fill(ctx context.Context, from, to int) error {
+	for from < to {
+		t := command.Txn{}
+		for ; from < to && len(t.Mutations) < 1000; from++ {
+			o := object(from)
+			t.Mutations = append(t.Mutations, api.Mutation{Verb: api.Create, Key: api.KeyOf(o), Object: o})
+		}
+		if err := d.propose(ctx, t); err != nil {
+			return err
+		}
 	}
-	return d.propose(ctx, t)
+	return nil
 }
 
 // changes makes every put another value, as an unchanged object would be no change.
@@ -272,15 +278,8 @@ func (d *decree) watch(ctx context.Context, n *atomic.Int64) error {
 		buf := make([]byte, 256<<10)
 		for {
 			c, err := body.Read(buf)
-			for _, b := range buf[:c] {
-				if b == '\n' {
-					n.Add(1)
-				}
-			}
+			n.Add(int64(bytes.Count(buf[:c], []byte{'\n'})))
 			if err != nil {
-				if !errors.Is(err, io.EOF) && ctx.Err() == nil {
-					n.Add(0)
-				}
 				return
 			}
 		}
@@ -289,6 +288,55 @@ func (d *decree) watch(ctx context.Context, n *atomic.Int64) error {
 }
 
 func (d *decree) resident() float64 { return resident(d.procs) }
+
+func (d *decree) term(ctx context.Context) (uint64, error) {
+	data, err := d.clients[0].Raw(ctx, http.MethodGet, "/metrics", nil, "", nil)
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(data)) {
+		if rest, ok := strings.CutPrefix(line, "decree_store_term "); ok {
+			n, err := strconv.ParseFloat(strings.TrimSpace(rest), 64)
+			return uint64(n), err
+		}
+	}
+	return 0, errors.New("the server does not tell its term")
+}
+
+func (d *decree) save(ctx context.Context, file string) error {
+	return d.run(ctx, "snapshot", "save", file, "--plaintext")
+}
+
+// restore also starts the server, and waits until it has answered a read.
+func (d *decree) restore(ctx context.Context, file string) error {
+	data, address := file+".restored", fmt.Sprintf("127.0.0.1:%d", firstPort+len(d.procs))
+	if err := d.run(ctx, "snapshot", "restore", file, "--plaintext", "--data", data, "--node", "r1", "--address", address); err != nil {
+		return err
+	}
+	p := &process{name: "r1", log: data + ".log", command: []string{d.procs[0].command[0], "server", "--data", data, "--node", "r1", "--address", address}}
+	if err := p.start(); err != nil {
+		return err
+	}
+	defer p.kill()
+	c, err := connect(ctx, data)
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	_, err = c.Raw(ctx, http.MethodGet, "/api/v1/namespaces/default/configmaps/k0", nil, "", nil)
+	return err
+}
+
+// run calls the program as the first server's administrator.
+func (d *decree) run(ctx context.Context, args ...string) error {
+	cmd := exec.CommandContext(ctx, d.procs[0].command[0], args...)
+	dir := strings.TrimSuffix(d.procs[0].log, ".log")
+	cmd.Env = append(os.Environ(), "DECREE_KUBECONFIG="+filepath.Join(dir, "admin.kubeconfig"))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("decree %s: %w: %s", strings.Join(args, " "), err, out)
+	}
+	return nil
+}
 
 func (d *decree) killLeader() (func() error, error) {
 	if _, err := d.members(context.Background()); err != nil {

@@ -4,12 +4,15 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/encoding/protowire"
@@ -136,13 +139,13 @@ func bytesField(b []byte, num protowire.Number, v string) []byte {
 
 func (e *etcd) name() string { return "etcd" }
 
-func (e *etcd) fill(ctx context.Context, n int) error {
-	for i := range n {
-		if err := e.put(ctx, i); err != nil {
-			return err
-		}
+func (e *etcd) fill(ctx context.Context, from, to int) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(256)
+	for i := from; i < to; i++ {
+		g.Go(func() error { return e.put(ctx, i) })
 	}
-	return nil
+	return g.Wait()
 }
 
 func etcdKey(i int) string { return "/bench/k" + strconv.Itoa(i) }
@@ -207,6 +210,47 @@ func countField(b []byte, want protowire.Number) (n int64) {
 }
 
 func (e *etcd) resident() float64 { return resident(e.procs) }
+
+// term is field 6 of a member's status.
+func (e *etcd) term(ctx context.Context) (uint64, error) {
+	answer, err := e.call(ctx, 0, "/etcdserverpb.Maintenance/Status", nil)
+	_, term := field(answer, 6)
+	return term, err
+}
+
+// save stores what the Snapshot call streams: field 3 of each message.
+func (e *etcd) save(ctx context.Context, file string) error {
+	out, err := os.Create(file)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	stream, err := e.conns[0].NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/etcdserverpb.Maintenance/Snapshot")
+	if err != nil {
+		return err
+	}
+	request := []byte{}
+	if err := errors.Join(stream.SendMsg(&request), stream.CloseSend()); err != nil {
+		return err
+	}
+	for {
+		var answer []byte
+		err := stream.RecvMsg(&answer)
+		if errors.Is(err, io.EOF) {
+			return out.Sync()
+		}
+		if err != nil {
+			return err
+		}
+		blob, _ := field(answer, 3)
+		if _, err := out.Write(blob); err != nil {
+			return err
+		}
+	}
+}
+
+// restore would need etcdctl.
+func (e *etcd) restore(context.Context, string) error { return errNotMeasured }
 
 func (e *etcd) killLeader() (func() error, error) {
 	if err := e.findLeader(context.Background()); err != nil {

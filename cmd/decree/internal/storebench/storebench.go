@@ -21,8 +21,8 @@ import (
 // target is a store under measurement.
 type target interface {
 	name() string
-	// fill writes keys 0 to n-1.
-	fill(ctx context.Context, n int) error
+	// fill writes keys from up to to-1.
+	fill(ctx context.Context, from, to int) error
 	// put replaces the value of key i, acknowledged when durable on a quorum.
 	put(ctx context.Context, i int) error
 	// get reads key i, linearizable unless stale.
@@ -31,6 +31,13 @@ type target interface {
 	watch(ctx context.Context, n *atomic.Int64) error
 	// resident is the memory of the largest process in MB.
 	resident() float64
+	// term is how many elections there have been, give or take a constant.
+	term(ctx context.Context) (uint64, error)
+	// save makes a snapshot of everything in a file, restore a new cluster of one server
+	// from it, which answers when restore returns; errNotMeasured if that takes more than
+	// the store itself.
+	save(ctx context.Context, file string) error
+	restore(ctx context.Context, file string) error
 	// killLeader ends the leader's process, and returns what to call to start it again.
 	killLeader() (restart func() error, err error)
 	// write makes any durable change through servers that are left, until acknowledged.
@@ -53,7 +60,8 @@ type Sample struct {
 	P50     float64 `json:"p50ms,omitempty"`
 	P99     float64 `json:"p99ms,omitempty"`
 	Max     float64 `json:"maxms,omitempty"`
-	Value   float64 `json:"value,omitempty"`
+	Took    float64 `json:"tookms,omitempty"`
+	Value   float64 `json:"value"`
 	Unit    string  `json:"unit,omitempty"`
 	Failed  int64   `json:"failed,omitempty"`
 	LastErr string  `json:"lastError,omitempty"`
@@ -67,6 +75,7 @@ type Config struct {
 	Duration time.Duration
 	Kills    int
 	Watchers int
+	Objects  int // for memory and snapshots
 	Callers  []int
 	Only     string // a part of the name of what to measure; empty: everything
 	Say      func(Sample)
@@ -93,7 +102,7 @@ func Run(ctx context.Context, cfg Config) error {
 		targets = append(targets, e)
 	}
 	for _, t := range targets {
-		if err := t.fill(ctx, keys); err != nil {
+		if err := t.fill(ctx, 0, keys); err != nil {
 			return fmt.Errorf("fill %s: %w", t.name(), err)
 		}
 	}
@@ -112,10 +121,11 @@ func Run(ctx context.Context, cfg Config) error {
 		return t.get(ctx, i, false)
 	})
 	b.fanOut(ctx)
-	for _, t := range targets {
-		b.say(Sample{Store: t.name(), What: "memory of a server", Value: t.resident(), Unit: "MB"})
+	b.elections(ctx)
+	if err := b.failover(ctx); err != nil {
+		return err
 	}
-	return b.failover(ctx)
+	return b.size(ctx)
 }
 
 type bench struct {
@@ -228,7 +238,7 @@ func (b *bench) fanOutOne(ctx context.Context, t target, what string) error {
 	timed, stop := context.WithTimeout(ctx, b.Duration)
 	defer stop()
 	before, begun := events.Load(), time.Now()
-	times, _, _ := drive(timed, 16, func(ctx context.Context, i int) error { return t.put(ctx, i) })
+	times, _, _ := drive(timed, 256, func(ctx context.Context, i int) error { return t.put(ctx, i) })
 	// The rate at which events arrive, while more are made than can be delivered.
 	rate := float64(events.Load()-before) / time.Since(begun).Seconds()
 	b.say(Sample{Store: t.name(), What: what, PerSec: rate, Value: float64(len(times)) / b.Duration.Seconds(), Unit: "puts/s meanwhile"})
