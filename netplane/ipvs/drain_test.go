@@ -293,6 +293,7 @@ func TestKernelLocal(t *testing.T) {
 			}
 		}
 		// A service with the port of a server of the node, and its end.
+		tb.Services = slices.Clone(tb.Services)
 		tb.Services[0].Port.Port = 22
 		st.sync(tb)
 		tb.Services = nil

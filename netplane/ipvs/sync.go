@@ -383,11 +383,11 @@ func (s *Services) compareOne(w *work, h *held, p render.Port, svc *render.Servi
 	if !changed {
 		return 0
 	}
-	if old, ok := h.service(p); ok || main != nil {
-		w.ops = append(w.ops, diff.Op{Have: &old, Want: svc})
-	} else {
-		w.ops = append(w.ops, diff.Op{Want: svc})
+	op := diff.Op{Want: svc}
+	if old, ok := h.service(p); ok || main != nil || svc == nil {
+		op.Have = &old
 	}
+	w.ops = append(w.ops, op)
 	return 1
 }
 

@@ -15,13 +15,20 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/netplane/netplanetest/vm"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
 	"decree.dev/decree/netplane/render"
 )
 
-// silence is how long a sender waits before it takes a packet for dropped.
-const silence = 400 * time.Millisecond
+// silence is how long a sender waits before it takes a packet for dropped. An emulated
+// machine is slow to answer.
+var silence = func() time.Duration {
+	if vm.Inside() {
+		return 1500 * time.Millisecond
+	}
+	return 400 * time.Millisecond
+}()
 
 // Lab is a World's hosts as network namespaces, each pod on a link of its own to
 // the node, which routes.
@@ -35,6 +42,7 @@ func NewLab(t testing.TB) *Lab {
 	l := &Lab{Path: map[Host]string{}}
 	for _, h := range append([]Host{Node, Outside}, Pods...) {
 		l.Path[h] = netspacetest.Namespace(t, string(h))
+		netspacetest.In(t, l.Path[h], useAtOnce)
 	}
 	netspacetest.In(t, l.Path[Node], func() error {
 		return errors.Join(
@@ -61,6 +69,13 @@ func NewLab(t testing.TB) *Lab {
 // routeAway leads to addresses that no host holds, as a node's default route would.
 func routeAway(p netip.Prefix, gateway netip.Addr) error {
 	return netlink.RouteAdd(&netlink.Route{Dst: ipNet(p), Gw: gateway.AsSlice()})
+}
+
+// useAtOnce spares links the second in which they look for others with their address, and
+// cannot find neighbours.
+func useAtOnce() error {
+	const conf = "/proc/sys/net/ipv6/conf/"
+	return errors.Join(os.WriteFile(conf+"all/accept_dad", []byte("0"), 0o644), os.WriteFile(conf+"default/accept_dad", []byte("0"), 0o644))
 }
 
 func localRoute(p netip.Prefix) error {

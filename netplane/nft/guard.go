@@ -351,9 +351,9 @@ func (f *family) admit(own bool) [][]expr.Any {
 	rules := [][]expr.Any{
 		{ct(expr.CtKeySTATE), masked(expr.CtStateBitNEW, 0), equal(make([]byte, 4)), accept()},
 		append(f.loadPort(reg0), member(reg0, local), accept()),
+		append(f.loadPort(reg0), member(reg0, dropped), drop()),
 		append(f.loadPort(reg0), member(reg0, draining), refuse),
 		append(f.loadPort(reg0), member(reg0, closed), refuse),
-		append(f.loadPort(reg0), member(reg0, dropped), drop()),
 		join(f.loadPort(reg0), []expr.Any{member(reg0, guarded)}, f.loadPort(reg0), []expr.Any{client, notMember(reg0, allowed), drop()}),
 	}
 	if !own {
