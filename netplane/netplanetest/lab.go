@@ -35,11 +35,18 @@ func NewLab(t testing.TB) *Lab {
 	l := &Lab{Path: map[Host]string{}}
 	for _, h := range append([]Host{Node, Outside}, Pods...) {
 		l.Path[h] = netspacetest.Namespace(t, string(h))
+		netspacetest.In(t, l.Path[h], func() error {
+			// Without it a new interface is of no use to IPv6 for a second.
+			return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0o644)
+		})
 	}
 	netspacetest.In(t, l.Path[Node], func() error {
 		return errors.Join(
 			os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644),
-			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644))
+			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644),
+			// One refusal a second to each client would make tests wait.
+			os.WriteFile("/proc/sys/net/ipv4/icmp_ratelimit", []byte("0"), 0o644),
+			os.WriteFile("/proc/sys/net/ipv6/icmp/ratelimit", []byte("0"), 0o644))
 	})
 	for i, h := range append([]Host{Outside}, Pods...) {
 		l.connect(t, h, fmt.Sprintf("veth%d", i))

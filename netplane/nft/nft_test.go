@@ -95,6 +95,11 @@ func TestConformance(t *testing.T) {
 	netplanetest.Run(t, &kernel{netplanetest.NewLab(t), t})
 }
 
+// TestCompare: random packets end in the kernel as they do in memory.
+func TestCompare(t *testing.T) {
+	netplanetest.Compare(t, &kernel{netplanetest.NewLab(t), t})
+}
+
 // TestListed: the tool that operators look with can print what is there.
 func TestListed(t *testing.T) {
 	if _, err := exec.LookPath("nft"); err != nil {
