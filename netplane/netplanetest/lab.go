@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -27,6 +28,9 @@ const silence = 400 * time.Millisecond
 // the node, which routes.
 type Lab struct {
 	Path map[Host]string
+	// sctp lets one association after the other begin: a raw socket is told of what
+	// another one was refused.
+	sctp sync.Mutex
 }
 
 // NewLab builds the hosts and starts their servers, for the time of the test.
@@ -204,6 +208,10 @@ func serveUDP(pc net.PacketConn) {
 
 // Send implements World.
 func (l *Lab) Send(from Host, proto render.Proto, to netip.AddrPort) (v Verdict, err error) {
+	if proto == render.SCTP {
+		l.sctp.Lock()
+		defer l.sctp.Unlock()
+	}
 	err = netspace.Do(l.Path[from], func() error {
 		switch proto {
 		case render.TCP:
