@@ -70,6 +70,7 @@ type node struct {
 	t             *testing.T
 	netns         string
 	name, address string // as one of several machines
+	router        string // of those
 	cfg           netplane.Config
 	plane         *netplane.Plane
 	stop          func()
