@@ -3,7 +3,6 @@ package raftstore
 import (
 	"errors"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -20,10 +19,10 @@ import (
 // configuration change who has one: both are on disk when StoreLogs returns.
 //
 // It is as safe for concurrent use as what it wraps; changes come from one goroutine,
-// raft's own.
+// raft's own, on which a server does not begin or cease to lead meanwhile.
 type overlapLog struct {
 	raft.LogStore
-	raft atomic.Pointer[raft.Raft] // nil until there is one
+	leads func() bool // this server leads others; asked on raft's goroutine
 
 	mu      sync.Mutex
 	pending []*raft.Log // consecutive; the oldest may be on their way to the disk
@@ -38,8 +37,8 @@ type overlapLog struct {
 // retryWrite is the time between two attempts to write when there is no room.
 const retryWrite = 100 * time.Millisecond
 
-func newOverlapLog(inner raft.LogStore) *overlapLog {
-	o := &overlapLog{LogStore: inner, changed: make(chan struct{}), wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{})}
+func newOverlapLog(inner raft.LogStore, leads func() bool) *overlapLog {
+	o := &overlapLog{LogStore: inner, leads: leads, changed: make(chan struct{}), wake: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{})}
 	go o.write()
 	return o
 }
@@ -109,17 +108,11 @@ func (o *overlapLog) StoreLogs(logs []*raft.Log) error {
 	return o.LogStore.StoreLogs(logs)
 }
 
-// mayWait reports whether the entries are a leader's whose followers have to store them
-// too before they count.
-func (o *overlapLog) mayWait(logs []*raft.Log) bool {
-	r := o.raft.Load()
+// leadsOthers reports whether r, which may be nil, leads, and needs the vote of another
+// server for whatever it does.
+func leadsOthers(r *raft.Raft) bool {
 	if r == nil || r.State() != raft.Leader {
 		return false
-	}
-	for _, log := range logs {
-		if log.Type == raft.LogConfiguration {
-			return false
-		}
 	}
 	voters := 0
 	for _, s := range r.GetConfiguration().Configuration().Servers {
@@ -128,6 +121,17 @@ func (o *overlapLog) mayWait(logs []*raft.Log) bool {
 		}
 	}
 	return voters > 1
+}
+
+// mayWait reports whether the entries are a leader's whose followers have to store them
+// too before they count.
+func (o *overlapLog) mayWait(logs []*raft.Log) bool {
+	for _, log := range logs {
+		if log.Type == raft.LogConfiguration {
+			return false
+		}
+	}
+	return o.leads()
 }
 
 // DeleteRange implements raft.LogStore.
@@ -183,7 +187,7 @@ func (o *overlapLog) write() {
 			o.mu.Lock()
 			o.failed = err
 			if err == nil {
-				o.pending = o.pending[len(batch):]
+				o.pending = append([]*raft.Log(nil), o.pending[len(batch):]...) // the others can go
 			}
 			close(o.changed)
 			o.changed = make(chan struct{})

@@ -228,11 +228,12 @@ func (s *Store) startRaft() error {
 		}
 	}
 	var err error
-	s.overlap = newOverlapLog(s.storage.Log)
+	var running atomic.Pointer[raft.Raft]
+	s.overlap = newOverlapLog(s.storage.Log, func() bool { return leadsOthers(running.Load()) })
 	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.overlap, s.storage.Stable, onlyNewer{s.storage.Snapshots}, overlapping(s.cfg.Transport, s.overlap)); err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
-	s.overlap.raft.Store(s.raft)
+	running.Store(s.raft)
 	s.stopRaft = sync.OnceValue(s.shutdownRaft)
 	s.campaignIfAlone()
 	return nil
