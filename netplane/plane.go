@@ -252,11 +252,18 @@ func (p *Plane) prepare(t *render.Table) error {
 // lead makes routes to the pods of other nodes, unless the user's own network does that,
 // and gives pods interfaces that fit.
 func (p *Plane) lead(self render.Peer, peers []render.Peer) error {
+	if len(self.Addrs) == 0 { // this node has not said yet where it is: what is there stays
+		have, err := p.networks.PodCIDRs()
+		if err != nil || len(have) > 0 {
+			return err
+		}
+		return p.networks.Configure(self.Pods, p.cfg.MTU)
+	}
 	own, err := p.networks.Own()
 	if err != nil {
 		return err
 	}
-	if !own || len(self.Addrs) == 0 { // or this node is not known yet
+	if !own {
 		peers = nil
 	}
 	var plan overlay.Plan
