@@ -119,6 +119,7 @@ type Store struct {
 	storage  Storage
 	vault    *seal.Vault // nil with a Storage of the caller's
 	raft     *raft.Raft
+	overlap  *overlapLog
 	fsm      *fsm
 	hub      *hub
 
@@ -227,9 +228,12 @@ func (s *Store) startRaft() error {
 		}
 	}
 	var err error
-	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.storage.Log, s.storage.Stable, onlyNewer{s.storage.Snapshots}, s.cfg.Transport); err != nil {
+	var running atomic.Pointer[raft.Raft]
+	s.overlap = newOverlapLog(s.storage.Log, func() bool { return leadsOthers(running.Load()) })
+	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.overlap, s.storage.Stable, onlyNewer{s.storage.Snapshots}, overlapping(s.cfg.Transport, s.overlap)); err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
+	running.Store(s.raft)
 	s.stopRaft = sync.OnceValue(s.shutdownRaft)
 	s.campaignIfAlone()
 	return nil
@@ -388,6 +392,7 @@ func (s *Store) shutdownRaft() error {
 	s.mu.Unlock()
 	go func() { s.asking.Wait(); close(answered) }()
 	s.awaitEnd(answered)
+	s.overlap.close()
 	if err := s.raft.Shutdown().Error(); err != nil {
 		return fmt.Errorf("stop raft: %w", err)
 	}
@@ -401,6 +406,9 @@ func (s *Store) release() error {
 		errs = append(errs, s.stopRaft())
 	} else if c, ok := s.cfg.Transport.(io.Closer); ok {
 		errs = append(errs, c.Close())
+	}
+	if s.overlap != nil {
+		s.overlap.close()
 	}
 	s.running.Wait()
 	if s.metrics != nil {

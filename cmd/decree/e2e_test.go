@@ -320,7 +320,8 @@ func (w *world) restart(t *testing.T) {
 		t.Errorf("after down these processes run: %s", out)
 	}
 	w.up(t)
-	w.must(t, "curl -sS --max-time 5 http://"+w.serviceIP+"/")
+	// The kernel learns of pods that are ready a moment after everybody else.
+	w.eventually(t, "curl -sS --max-time 5 http://"+w.serviceIP+"/ || true", func(out string) bool { return strings.Contains(out, "Hello") })
 }
 
 // run executes one line in the world's shell.

@@ -135,6 +135,12 @@ func TestKernelConformance(t *testing.T) {
 	}
 }
 
+// TestKernelCompare: random services and packets end in IPVS as they do in memory.
+func TestKernelCompare(t *testing.T) {
+	inside(t)
+	netplanetest.Compare(t, newKernel(t))
+}
+
 func TestProbeWithout(t *testing.T) {
 	if _, err := os.Stat("/proc/net/ip_vs"); err == nil || vm.Inside() {
 		t.Skip("this kernel has IPVS")

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -34,6 +35,9 @@ var silence = func() time.Duration {
 // the node, which routes.
 type Lab struct {
 	Path map[Host]string
+	// sctp lets one association after the other begin: a raw socket is told of what
+	// another one was refused.
+	sctp sync.Mutex
 }
 
 // NewLab builds the hosts and starts their servers, for the time of the test.
@@ -42,12 +46,18 @@ func NewLab(t testing.TB) *Lab {
 	l := &Lab{Path: map[Host]string{}}
 	for _, h := range append([]Host{Node, Outside}, Pods...) {
 		l.Path[h] = netspacetest.Namespace(t, string(h))
-		netspacetest.In(t, l.Path[h], useAtOnce)
+		netspacetest.In(t, l.Path[h], func() error {
+			// Without it a new interface is of no use to IPv6 for a second.
+			return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0o644)
+		})
 	}
 	netspacetest.In(t, l.Path[Node], func() error {
 		return errors.Join(
 			os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644),
-			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644))
+			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644),
+			// One refusal a second to each client would make tests wait.
+			os.WriteFile("/proc/sys/net/ipv4/icmp_ratelimit", []byte("0"), 0o644),
+			os.WriteFile("/proc/sys/net/ipv6/icmp/ratelimit", []byte("0"), 0o644))
 	})
 	for i, h := range append([]Host{Outside}, Pods...) {
 		l.connect(t, h, fmt.Sprintf("veth%d", i))
@@ -69,13 +79,6 @@ func NewLab(t testing.TB) *Lab {
 // routeAway leads to addresses that no host holds, as a node's default route would.
 func routeAway(p netip.Prefix, gateway netip.Addr) error {
 	return netlink.RouteAdd(&netlink.Route{Dst: ipNet(p), Gw: gateway.AsSlice()})
-}
-
-// useAtOnce spares links the second in which they look for others with their address, and
-// cannot find neighbours.
-func useAtOnce() error {
-	const conf = "/proc/sys/net/ipv6/conf/"
-	return errors.Join(os.WriteFile(conf+"all/accept_dad", []byte("0"), 0o644), os.WriteFile(conf+"default/accept_dad", []byte("0"), 0o644))
 }
 
 func localRoute(p netip.Prefix) error {
@@ -212,6 +215,10 @@ func serveUDP(pc net.PacketConn) {
 
 // Send implements World.
 func (l *Lab) Send(from Host, proto render.Proto, to netip.AddrPort) (v Verdict, err error) {
+	if proto == render.SCTP {
+		l.sctp.Lock()
+		defer l.sctp.Unlock()
+	}
 	err = netspace.Do(l.Path[from], func() error {
 		switch proto {
 		case render.TCP:

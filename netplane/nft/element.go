@@ -43,12 +43,11 @@ func elementsOf(out []element, s *render.Service) []element {
 	case n == 0:
 		return append(out, element{set: closed, key: port})
 	}
-	taken := map[uint32]bool{}
 	out = append(out, element{set: services, key: port, val: balancer{n: n, affinity: s.Affinity}.name()})
-	out = backendsOf(out, s, port, false, taken)
+	out = backendsOf(out, s, port, false)
 	if m := len(s.Outside); s.Split && m > 0 {
 		out = append(out, element{set: split, key: port, val: balancer{outside: true, n: m, affinity: s.Affinity}.name()})
-		out = backendsOf(out, s, port, true, taken)
+		out = backendsOf(out, s, port, true)
 	} else if s.Split {
 		out = append(out, element{set: split, key: port, val: verdictDrop})
 	}
@@ -63,7 +62,8 @@ func elementsOf(out []element, s *render.Service) []element {
 
 // backendsOf appends what the balancers of one service look up, for clients from outside or
 // for all others.
-func backendsOf(out []element, s *render.Service, port string, fromOutside bool, taken map[uint32]bool) []element {
+func backendsOf(out []element, s *render.Service, port string, fromOutside bool) []element {
+	taken := map[uint32]bool{}
 	eps, first := s.Endpoints, uint32(0)
 	if fromOutside {
 		eps, first = s.Outside, firstOutside
@@ -81,19 +81,19 @@ func backendsOf(out []element, s *render.Service, port string, fromOutside bool,
 }
 
 // identity is a number for an endpoint that stays the same while other endpoints
-// of its service come and go. It is another one for clients from outside, so that they do
-// not stay with an endpoint that is for others only.
+// of its service come and go. For clients from outside it is another one, with the bit of
+// firstOutside, so that they do not stay with an endpoint that is for others only.
 func identity(backend string, fromOutside bool, taken map[uint32]bool) uint32 {
 	h := fnv.New32a()
 	h.Write([]byte(backend))
-	if fromOutside {
-		h.Write([]byte{1})
-	}
-	who := h.Sum32()
+	who := h.Sum32() &^ firstOutside
 	for who == 0 || taken[who] { // zero is no mark
-		who++
+		who = (who + 1) &^ firstOutside
 	}
 	taken[who] = true
+	if fromOutside {
+		who |= firstOutside
+	}
 	return who
 }
 

@@ -95,6 +95,11 @@ func TestConformance(t *testing.T) {
 	netplanetest.Run(t, &kernel{netplanetest.NewLab(t), t})
 }
 
+// TestCompare: random packets end in the kernel as they do in memory.
+func TestCompare(t *testing.T) {
+	netplanetest.Compare(t, &kernel{netplanetest.NewLab(t), t})
+}
+
 // TestListed: the tool that operators look with can print what is there.
 func TestListed(t *testing.T) {
 	if _, err := exec.LookPath("nft"); err != nil {
@@ -112,7 +117,12 @@ func TestListed(t *testing.T) {
 				{Port: render.Port{Addr: n.Service(1), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...)},
 				{Port: render.Port{Addr: n.Service(2), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...), Affinity: 3600e9},
 				{Port: render.Port{Addr: n.Service(3), Proto: render.TCP, Port: 80}},
+				{Port: render.Port{Addr: n.Service(4), Proto: render.TCP, Port: 80}, Drop: true},
+				{Port: render.Port{Addr: n.Service(5), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...),
+					Split: true, Outside: n.Endpoints(8080, netplanetest.Pod1, netplanetest.Pod2), Affinity: 3600e9, Sources: only(n.Cluster)},
+				{Port: render.Port{Addr: n.Service(6), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...), Split: true},
 			},
+			Announced: only(n.Announced), Near: []netip.Addr{n.Addr[netplanetest.Pod1]},
 		}
 		if _, err := s.Sync(t.Context(), tb); err != nil {
 			t.Fatal(err)
@@ -123,7 +133,9 @@ func TestListed(t *testing.T) {
 			return err
 		})
 		t.Logf("%s", out)
-		for _, want := range []string{"table " + map[bool]string{true: "ip", false: "ip6"}[n.Service(1).Is4()] + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : goto lb_3"} {
+		for _, want := range []string{"table " + map[bool]string{true: "ip", false: "ip6"}[n.Service(1).Is4()] + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : goto lb_3",
+			n.Service(4).String() + " . tcp . 80 : drop", "numgen random mod 2 offset 2147483648", n.Service(5).String() + " . tcp . 80 : goto out_2_3600",
+			n.Service(5).String() + " . tcp . 80 . " + n.Cluster.String(), n.Service(6).String() + " . tcp . 80 : drop"} {
 			if !strings.Contains(string(out), want) {
 				t.Errorf("%q is not in the listing", want)
 			}

@@ -95,7 +95,7 @@ func (f *family) refuse() [][]expr.Any {
 func (f *family) masquerade() [][]expr.Any {
 	translated := []expr.Any{
 		ct(expr.CtKeySTATUS),
-		&expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(dstNATStatus), Xor: make([]byte, 4)},
+		bits(reg0, dstNATStatus),
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)},
 	}
 	src, dst := f.load(reg0, f.saddr), f.load(reg0, f.daddr)
@@ -183,10 +183,14 @@ func (f *family) balancerChain(b balancer) chain {
 	remember, forget := dynset(unix.NFT_DYNSET_OP_UPDATE, b.affinity), dynset(dynsetDelete, 0)
 	unmark := []expr.Any{&expr.Immediate{Register: spare, Data: make([]byte, 4)}, setMark(spare)}
 	find := []expr.Any{mark(key - 1), mapped(key-1, live, data)}
+	var allowed []expr.Any
+	if b.outside { // not what it is remembered by from a time when all went everywhere
+		allowed = []expr.Any{mark(spare), bits(spare, firstOutside), &expr.Cmp{Op: expr.CmpOpNeq, Register: spare, Data: make([]byte, 4)}}
+	}
 	c.rules = [][]expr.Any{
 		// A client that is remembered, and whose endpoint is still there.
 		join([]expr.Any{client}, f.loadPort(key), []expr.Any{mapped(reg0, affinity, data), setMark(data)},
-			find, []expr.Any{client, mark(spare), remember}, unmark, []expr.Any{nat}),
+			allowed, find, []expr.Any{client, mark(spare), remember}, unmark, []expr.Any{nat}),
 		// Any other. An update keeps the endpoint that it finds: one that is gone has
 		// to be forgotten first.
 		join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, identities, data), setMark(data)},
@@ -227,6 +231,11 @@ func member(reg uint32, id setID) expr.Any {
 
 func notMember(reg uint32, id setID) expr.Any {
 	return &expr.Lookup{SourceRegister: reg, SetName: setNames[id], Invert: true}
+}
+
+// bits keeps some bits of a register.
+func bits(reg, mask uint32) expr.Any {
+	return &expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(mask), Xor: make([]byte, 4)}
 }
 
 func accept() expr.Any { return &expr.Verdict{Kind: expr.VerdictAccept} }

@@ -69,6 +69,9 @@ func choose(found []candidate, fits func(*candidate) bool) []netip.AddrPort {
 // node; if not, hints for its zone do in the same way; if not, all endpoints are good.
 // Whether they are enough for the traffic is not asked, as in Kubernetes since 1.33.
 func (r *renderer) preferred(preference string) func(*candidate) bool {
+	if preference == "" && !slices.ContainsFunc(r.found, func(c candidate) bool { return c.ep.Hints != nil }) {
+		return nil
+	}
 	for _, hints := range []func(*candidate) (here, any bool){
 		func(c *candidate) (bool, bool) { return r.nodeHint(c, preference) },
 		func(c *candidate) (bool, bool) { return r.zoneHint(c, preference) },

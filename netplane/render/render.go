@@ -54,15 +54,34 @@ func Render(d Desired) Table {
 	slices.SortStableFunc(services, func(a, b *corev1.Service) int {
 		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
 	})
+	r.claims[clusterClaim] = make([]Service, 0, len(services)) // at least, as most have one port
 	for _, svc := range services {
 		r.add(svc, bySvc[name{svc.Namespace, svc.Name}])
 	}
-	t := &r.table
-	t.Services = slices.Concat(r.claims[:]...)
-	slices.SortStableFunc(t.Services, func(a, b Service) int { return a.Compare(b.Port) })
-	t.Services = slices.CompactFunc(t.Services, func(a, b Service) bool { return a.Port == b.Port })
-	t.Near = slices.SortedFunc(maps.Keys(r.near), netip.Addr.Compare)
-	return *t
+	r.table.Services = settle(append(r.claims[clusterClaim], slices.Concat(r.claims[clusterClaim+1:]...)...))
+	r.table.Near = slices.SortedFunc(maps.Keys(r.near), netip.Addr.Compare)
+	return r.table
+}
+
+// settle orders claims by port, and keeps the first one of each port.
+func settle(claims []Service) []Service {
+	order := make([]int32, len(claims)) // claims are too large to be moved about
+	for i := range order {
+		order[i] = int32(i)
+	}
+	slices.SortFunc(order, func(i, j int32) int {
+		if c := claims[i].Compare(claims[j].Port); c != 0 {
+			return c
+		}
+		return cmp.Compare(i, j)
+	})
+	out := make([]Service, 0, len(claims))
+	for _, i := range order {
+		if n := len(out); n == 0 || out[n-1].Port != claims[i].Port {
+			out = append(out, claims[i])
+		}
+	}
+	return out
 }
 
 func newRenderer(d Desired) *renderer {

@@ -142,22 +142,73 @@ func clone(t render.Table) render.Table {
 func (k *Kernel) Send(src netip.Addr, to render.Port) (Verdict, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	own := k.holds(src) || contains(k.table.Range, src)
-	at, found := k.route(src, own, to)
-	if found != nil {
-		return *found, nil
+	eps, svc, end := k.route(src, to)
+	if end != nil {
+		return *end, nil
 	}
-	v := Verdict{To: at, From: src}
+	at := eps[0]
+	if svc != nil {
+		at = k.pick(svc, eps, src)
+	}
+	return k.deliver(src, to, at)
+}
+
+// Outcomes are all that Send may say of such packets, whatever it draws and remembers.
+func (k *Kernel) Outcomes(src netip.Addr, to render.Port) ([]Verdict, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	eps, _, end := k.route(src, to)
+	if end != nil {
+		return []Verdict{*end}, nil
+	}
+	var out []Verdict
+	for _, at := range eps {
+		v, err := k.deliver(src, to, at)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, v)
+	}
+	return out, nil
+}
+
+// route finds where a packet may go and which service, if any, leads there; or the end that
+// it finds.
+func (k *Kernel) route(src netip.Addr, to render.Port) ([]netip.AddrPort, *render.Service, *Verdict) {
+	outside := !k.own(src) && !contains(k.table.Cluster, src)
+	svc, listed := k.table.Find(to)
+	switch {
+	case listed && (svc.Drop || len(svc.Sources) > 0 && !contains(svc.Sources, src)):
+		return nil, nil, &Verdict{Dropped: true}
+	case listed && svc.Split && outside && len(svc.Outside) == 0:
+		return nil, nil, &Verdict{Dropped: true}
+	case listed && svc.Split && outside:
+		return svc.Outside, svc, nil
+	case listed && len(svc.Endpoints) > 0:
+		return svc.Endpoints, svc, nil
+	case slices.Contains(k.table.Local, to):
+	case listed || contains(k.table.Range, to.Addr):
+		return nil, nil, refused(to.Proto)
+	case contains(k.table.Announced, to.Addr) && !k.own(src) && !k.holds(to.Addr):
+		return nil, nil, refused(to.Proto)
+	}
+	return []netip.AddrPort{netip.AddrPortFrom(to.Addr, to.Port)}, nil, nil
+}
+
+// deliver takes a packet to where a service, or nobody, sent it on to.
+func (k *Kernel) deliver(src netip.Addr, to render.Port, at netip.AddrPort) (Verdict, error) {
+	v, own := Verdict{To: at, From: src}, k.own(src)
 	switch translated := at != netip.AddrPortFrom(to.Addr, to.Port); {
 	case k.holds(at.Addr()) && !k.served[service{to.Proto, at.Port()}]:
 		return *refused(to.Proto), nil
 	case k.holds(at.Addr()) && !own: // goes in, and never out
+		return v, nil
 	case !k.hosts[at.Addr()] && !k.holds(at.Addr()):
 		return Verdict{Dropped: true}, nil
-	case translated:
-		v.Masqueraded = src == at.Addr() || !contains(k.table.Cluster, src) && (own || !slices.Contains(k.table.Near, at.Addr()))
+	case translated && (src == at.Addr() || !contains(k.table.Cluster, src) && (own || !slices.Contains(k.table.Near, at.Addr()))):
+		v.Masqueraded = true
 	default:
-		v.Masqueraded = contains(k.table.Pods, src) && !contains(k.table.Cluster, to.Addr)
+		v.Masqueraded = contains(k.table.Pods, src) && !contains(k.table.Cluster, at.Addr()) && !contains(k.table.Range, at.Addr())
 	}
 	if v.Masqueraded {
 		i := slices.IndexFunc(k.node, func(a Address) bool { return a.Net.Contains(at.Addr()) })
@@ -174,29 +225,8 @@ func (k *Kernel) holds(a netip.Addr) bool {
 	return slices.ContainsFunc(k.node, func(n Address) bool { return n.Addr == a })
 }
 
-// route finds where a packet goes, or the end that it finds.
-func (k *Kernel) route(src netip.Addr, own bool, to render.Port) (netip.AddrPort, *Verdict) {
-	at, dropped := netip.AddrPortFrom(to.Addr, to.Port), &Verdict{Dropped: true}
-	svc, listed := k.table.Find(to)
-	outside := !own && !contains(k.table.Cluster, src)
-	switch {
-	case listed && (svc.Drop || len(svc.Sources) > 0 && !contains(svc.Sources, src)):
-		return at, dropped
-	case listed && svc.Split && outside && len(svc.Outside) == 0:
-		return at, dropped
-	case listed && svc.Split && outside:
-		return k.pick(svc, svc.Outside, src), nil
-	case listed && len(svc.Endpoints) > 0:
-		return k.pick(svc, svc.Endpoints, src), nil
-	case slices.Contains(k.table.Local, to):
-		return at, nil
-	case listed || contains(k.table.Range, to.Addr):
-		return at, refused(to.Proto)
-	case contains(k.table.Announced, to.Addr) && !own && !k.holds(to.Addr):
-		return at, refused(to.Proto)
-	}
-	return at, nil
-}
+// own reports whether a source is the node itself.
+func (k *Kernel) own(src netip.Addr) bool { return k.holds(src) || contains(k.table.Range, src) }
 
 // refused is the end of a packet whose sender is told, if the protocol has a way to.
 func refused(p render.Proto) *Verdict {
