@@ -26,6 +26,7 @@ const (
 
 	svcFamily, svcProtocol, svcAddr, svcPort, svcMark          = 1, 2, 3, 4, 5
 	svcScheduler, svcFlags, svcTimeout, svcNetmask             = 6, 7, 8, 9
+	svcStats, statsConns                                       = 12, 1
 	destAddr, destPort, destMethod, destWeight                 = 1, 2, 3, 4
 	destUpper, destLower, destActive, destInactive, destFamily = 5, 6, 7, 8, 11
 
@@ -279,6 +280,12 @@ func parseService(b []byte) *virtual {
 			timeout = number(x)
 		case svcNetmask:
 			mask = number(x)
+		case svcStats:
+			wire.Attributes(x, func(kind uint16, n []byte) {
+				if kind == statsConns && len(n) == 8 {
+					v.used = binary.NativeEndian.Uint64(n) > 0
+				}
+			})
 		}
 	})
 	if v.mark != 0 && (family == unix.AF_INET || family == unix.AF_INET6) {

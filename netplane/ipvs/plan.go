@@ -55,6 +55,7 @@ type virtual struct {
 	scheduler string
 	affinity  time.Duration
 	odd       bool
+	used      bool     // it has had connections
 	servers   []server // in the order of their addresses
 }
 

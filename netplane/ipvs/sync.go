@@ -58,7 +58,17 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 	if err := s.carryOut(ctx, &w); err != nil {
 		return n, err
 	}
-	s.have, s.known = want, true
+	s.have = want
+	if len(w.ops) > many { // most of what ends at once has never been used
+		rest := work{touched: map[nft.Mark]bool{}}
+		if err := s.sweepNow(ctx, &rest, &want); err != nil {
+			return n, err
+		}
+		if err := s.carryOut(ctx, &rest); err != nil {
+			return n, err
+		}
+	}
+	s.known = true
 	return n, s.guard.Forget(w.ops, want.Range)
 }
 
@@ -86,15 +96,36 @@ func (s *Services) sweep(ctx context.Context, w *work, want *render.Table) error
 		return nil
 	}
 	s.swept = now
-	cut := cutFor(want)
+	return s.sweepNow(ctx, w, want)
+}
+
+// many is how many services are looked at one by one, before it is faster to ask which of
+// all have ever had a connection.
+const many = 64
+
+func (s *Services) sweepNow(ctx context.Context, w *work, want *render.Table) error {
+	now, cut := s.now(), cutFor(want)
+	idle := map[key]bool{}
+	if len(s.draining) > many {
+		all, err := s.kernel.services()
+		if err != nil {
+			return err
+		}
+		for _, v := range all {
+			idle[v.key] = !v.used
+		}
+	}
 	for _, k := range slices.SortedFunc(maps.Keys(s.draining), key.compare) {
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
 		d := s.draining[k]
-		v := &virtual{key: k, scheduler: d.holds.scheduler, affinity: d.holds.affinity}
-		if err := s.kernel.fill(v); err != nil {
-			return err
+		v := d.holds
+		if !idle[k] {
+			v = &virtual{key: k, scheduler: d.holds.scheduler, affinity: d.holds.affinity}
+			if err := s.kernel.fill(v); err != nil {
+				return err
+			}
 		}
 		cmds, left := drained(v, len(d.holds.live()) > 0, func(x server) bool {
 			return cut(v, x.addr.Addr()) || now.Sub(d.since[x.addr]) >= s.cfg.Drain
@@ -607,4 +638,33 @@ func (s *Services) Purge(ctx context.Context) error {
 	}
 	s.have, s.draining = render.Table{}, nil
 	return nil
+}
+
+// Retire removes all services, but lets connections that are established go on. It
+// returns true when nothing is left; until then it is to be called again.
+func (s *Services) Retire(ctx context.Context) (bool, error) {
+	if there, err := s.there(ctx); err != nil || !there {
+		return err == nil, err
+	}
+	if _, err := s.Sync(ctx, render.Table{}); err != nil {
+		return false, err
+	}
+	if s.Draining() > 0 {
+		return false, nil
+	}
+	return true, s.Purge(ctx)
+}
+
+// there reports whether the kernel holds anything of us.
+func (s *Services) there(ctx context.Context) (bool, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return false, errClosed
+	}
+	h, err := s.read(ctx, &render.Table{})
+	if err != nil {
+		return false, err
+	}
+	return len(h.services) > 0 || s.guard.Made(), nil
 }

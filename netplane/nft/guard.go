@@ -217,6 +217,9 @@ func (g *Guard) Undisturbed(t *render.Table) bool {
 	return !slices.ContainsFunc(families[:], func(f *family) bool { return g.needs(f, t) && !g.sound[f] || g.made[f] && !g.sound[f] })
 }
 
+// Made reports whether there was any table at the last Read.
+func (g *Guard) Made() bool { return g.made[ip4] || g.made[ip6] }
+
 // needs reports whether t needs a table of the family. That of IPv4 holds the notes.
 func (g *Guard) needs(f *family, t *render.Table) bool { return f == ip4 || uses(f, t) }
 
@@ -316,13 +319,15 @@ func (f *family) guardChains() []chain {
 		// IPVS is at -98 of the hook output and at 98 and 99 of the hook input
 		// (net/netfilter/ipvs/ip_vs_core.c).
 		beforeIPVS, afterIPVS = -100, 110
+		// What nftables translated is not for IPVS, nor for the rule of routing.
+		afterDNAT = -90
 	)
 	filter := func(name string, hook *nftables.ChainHook, prio nftables.ChainPriority, rules [][]expr.Any) chain {
 		return chain{name: name, typ: nftables.ChainTypeFilter, hook: hook, prio: &prio, rules: rules}
 	}
 	return []chain{
 		{name: "refuse", rules: f.refuse()},
-		filter("deliver", nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle, f.deliver()),
+		filter("deliver", nftables.ChainHookPrerouting, afterDNAT, f.deliver()),
 		filter("new_input", nftables.ChainHookInput, 0, f.admit(false)),
 		filter("new_output", nftables.ChainHookOutput, beforeIPVS, f.admit(true)),
 		filter("unlisted_input", nftables.ChainHookInput, afterIPVS, f.filter(false)),
