@@ -167,6 +167,13 @@ func (s *Services) Purge(ctx context.Context) error {
 	return nil
 }
 
+// Retire removes all services; connections that are established go on, because the
+// kernel remembers where they go. It is done at once.
+func (s *Services) Retire(ctx context.Context) (bool, error) {
+	err := s.Purge(ctx)
+	return err == nil, err
+}
+
 func (s *Services) dropTable(f *family) error {
 	t := s.table(f)
 	if _, err := s.conn.ListTableOfFamily(t.Name, f.nf); err != nil {
