@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -29,15 +30,26 @@ func echo(t *testing.T, path string) {
 		if err != nil {
 			return err
 		}
-		t.Cleanup(func() { ln.Close() })
+		var mu sync.Mutex
+		var all []net.Conn
+		t.Cleanup(func() { // nobody may have told the server that they ended
+			ln.Close()
+			mu.Lock()
+			defer mu.Unlock()
+			for _, c := range all {
+				c.Close()
+			}
+		})
 		go func() {
 			for {
 				c, err := ln.Accept()
 				if err != nil {
 					return
 				}
+				mu.Lock()
+				all = append(all, c)
+				mu.Unlock()
 				go func() {
-					defer c.Close()
 					for sc := bufio.NewScanner(c); sc.Scan(); {
 						fmt.Fprintf(c, "%s %s\n", c.LocalAddr(), sc.Text())
 					}

@@ -32,11 +32,13 @@ func TestInKernel(t *testing.T) {
 	vm.Test(t, 4*time.Minute, cmp.Or(os.Getenv("DECREE_TEST_RUN"), "^TestKernel"), "-rapid.checks=6")
 }
 
-// inside skips tests that only a machine with IPVS can run; TestInKernel runs them.
-func inside(t testing.TB) {
+// inside skips tests that only a machine with IPVS can run; TestInKernel runs them, at
+// the same time, because most of them wait for something.
+func inside(t *testing.T) {
 	if !vm.Inside() {
 		t.Skip("TestInKernel runs it")
 	}
+	t.Parallel()
 }
 
 // kernel is the real one, in namespaces.
