@@ -103,7 +103,7 @@ type Services struct {
 	// the packet marks of clients from outside that are led elsewhere.
 	marks map[render.Port]map[nft.Mark]bool
 	split map[render.Port]uint32
-	// reach counts how many services go to an address of this node's pods.
+	// reach counts how many services go to an address.
 	reach    map[netip.Addr]int
 	draining map[key]*drain
 	swept    time.Time

@@ -101,18 +101,14 @@ func (s *Services) turn(w *work, m nft.Mark, on bool) bool {
 	return true
 }
 
-// count counts the services that go to each pod of this node: those are the pods that
-// may reach themselves.
-func (s *Services) count(w *work, svc *render.Service, by int, t *render.Table) {
+// count counts the services that go to each endpoint: any of them may reach itself.
+func (s *Services) count(w *work, svc *render.Service, by int) {
 	if svc == nil {
 		return
 	}
 	for _, eps := range [][]netip.AddrPort{svc.Endpoints, svc.Outside} {
 		for _, ep := range eps {
 			a := ep.Addr()
-			if !contains(t.Pods, a) {
-				continue
-			}
 			if s.reach[a] += by; s.reach[a] == 0 {
 				delete(s.reach, a)
 			}

@@ -24,15 +24,14 @@ type work struct {
 	ops []diff.Op
 }
 
-// errSettings: which services are outside all ranges, and which pods are here, has to
-// be looked at anew.
+// errSettings: which services are outside all ranges has to be looked at anew.
 var errSettings = errors.New("settings changed")
 
 // incremental goes from s.have to want without asking the kernel for more than how
 // connections end.
 func (s *Services) incremental(ctx context.Context, want render.Table) (int, error) {
 	s.known = false // until all is done
-	if !slices.Equal(s.have.Range, want.Range) || !slices.Equal(s.have.Pods, want.Pods) {
+	if !slices.Equal(s.have.Range, want.Range) {
 		return 0, errSettings
 	}
 	w := work{touched: map[nft.Mark]bool{}, ops: diff.Services(s.have.Services, want.Services)}
@@ -52,8 +51,8 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 		if _, err := s.change(&w, p, main, out, op.Want, &want); err != nil {
 			return n, err
 		}
-		s.count(&w, op.Have, -1, &want)
-		s.count(&w, op.Want, 1, &want)
+		s.count(&w, op.Have, -1)
+		s.count(&w, op.Want, 1)
 	}
 	if err := s.carryOut(ctx, &w); err != nil {
 		return n, err
@@ -271,7 +270,7 @@ func (s *Services) compare(h *held, want *render.Table) (w *work, changed int, e
 		svc := &want.Services[i]
 		delete(others, svc.Port)
 		changed += s.compareOne(w, h, svc.Port, svc, want, &err)
-		s.count(w, svc, 1, want)
+		s.count(w, svc, 1)
 	}
 	for _, p := range slices.SortedFunc(maps.Keys(others), render.Port.Compare) {
 		changed += s.compareOne(w, h, p, nil, want, &err)

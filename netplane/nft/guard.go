@@ -53,7 +53,7 @@ const (
 	Allowed
 	// Split are services for which packets from outside get Value as mark.
 	Split
-	// Hairpin are addresses of pods that may reach themselves through a service.
+	// Hairpin are addresses of endpoints, which may reach themselves through a service.
 	Hairpin
 )
 
@@ -131,8 +131,8 @@ type GuardState struct {
 
 // Guard is what another balancer (IPVS) needs of nftables, in tables of its own: it
 // refuses what is sent to service addresses and is no service, and masquerades. Its
-// rules do not grow with services, and neither do its sets, but for services without
-// endpoints and such as are not in a range.
+// rules do not grow with services, and neither do its sets, but for the addresses of
+// endpoints, services without any, and such as are not in a range.
 //
 // The balancer works at the hooks input and output after the chains "new" and before
 // the chains "unlisted". A Guard is not safe for concurrent use.
