@@ -328,6 +328,7 @@ func (f *family) guardChains() []chain {
 	return []chain{
 		{name: "refuse", rules: f.refuse()},
 		filter("deliver", nftables.ChainHookPrerouting, afterDNAT, f.deliver()),
+		{name: "deliver_output", typ: nftables.ChainTypeRoute, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityMangle, rules: f.deliver()},
 		filter("new_input", nftables.ChainHookInput, 0, f.admit(false)),
 		filter("new_output", nftables.ChainHookOutput, beforeIPVS, f.admit(true)),
 		filter("unlisted_input", nftables.ChainHookInput, afterIPVS, f.filter(false)),
@@ -361,13 +362,11 @@ func (f *family) admit(own bool) [][]expr.Any {
 		append(f.loadPort(reg0), member(reg0, closed), refuse),
 		join(f.loadPort(reg0), []expr.Any{member(reg0, guarded)}, f.loadPort(reg0), []expr.Any{client, notMember(reg0, allowed), drop()}),
 	}
-	if !own {
-		// Once delivered, the bit must not steer the packet's way to the endpoint.
-		rules = slices.Insert(rules, 0, []expr.Any{
-			&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(DeliverBit), 0),
-			&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
-		})
-	}
+	// Once delivered, the bit must not steer the packet's way to the endpoint.
+	rules = slices.Insert(rules, 0, []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(DeliverBit), 0),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
+	})
 	bit := uint32(OwnBit)
 	foreign := []expr.Any{f.load(reg0, f.saddr), notMember(reg0, cluster)}
 	if !own {
