@@ -20,6 +20,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/membership"
@@ -105,7 +106,7 @@ func startDecree(ctx context.Context, cfg Config) (_ *decree, err error) {
 	for i := range 3 {
 		address := fmt.Sprintf("127.0.0.1:%d", firstPort+i)
 		p := &process{name: fmt.Sprint("s", i+1), log: data(i) + ".log", command: []string{
-			cfg.Binary, "server", "--data", data(i), "--node", fmt.Sprint("s", i+1), "--address", address,
+			cfg.Binary, "server", "--data", data(i), "--node", fmt.Sprint("s", i+1), "--address", address, "--log-level", "info",
 		}}
 		if i > 0 {
 			p.command = append(p.command, "--join", d.addresses[0], "--token", token)
@@ -215,11 +216,19 @@ func (d *decree) propose(ctx context.Context, t command.Txn) error {
 	if err != nil {
 		return err
 	}
-	r, err := d.peers.Propose(ctx, *d.leader.Load(), data)
-	if err == nil {
-		err = r.Err()
+	for {
+		r, err := d.peers.Propose(ctx, *d.leader.Load(), data)
+		if errors.Is(err, raftstore.ErrNotLeader) { // nothing happened: another one leads
+			if _, err := d.members(ctx); err != nil {
+				return err
+			}
+			continue
+		}
+		if err == nil {
+			err = r.Err()
+		}
+		return err
 	}
-	return err
 }
 
 func (d *decree) fill(ctx context.Context, from, to int) error {
