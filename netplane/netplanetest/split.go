@@ -32,6 +32,45 @@ func (s *suite) udpBefore(t *testing.T) {
 	}
 }
 
+// udpSplit: a client that keeps sending from one port is led by the policy of the day.
+func (s *suite) udpSplit(t *testing.T) {
+	w, ok := s.w.(UDPFlow)
+	if !ok {
+		return // as in udpFlow
+	}
+	all := s.n.Endpoints(UDPPort, Pods...)
+	svc := render.Service{Port: render.Port{Addr: s.n.Balanced(4), Proto: render.UDP, Port: 53}, Endpoints: all[:2]}
+	s.sync(t, s.table(svc))
+	sends := map[Host]func() (Verdict, error){}
+	for _, from := range []Host{Outside, Pod3} {
+		send, stop, err := w.Flow(from, netip.AddrPortFrom(svc.Addr, svc.Port.Port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		sends[from] = send
+	}
+	for _, step := range []struct {
+		change func()
+		end    map[Host][]netip.AddrPort // none: dropped
+	}{
+		{func() {}, map[Host][]netip.AddrPort{Outside: all[:2], Pod3: all[:2]}},
+		{func() { svc.Split, svc.Outside = true, all[2:] }, map[Host][]netip.AddrPort{Outside: all[2:], Pod3: all[:2]}},
+		{func() { svc.Sources = []netip.Prefix{s.n.Cluster} }, map[Host][]netip.AddrPort{Pod3: all[:2], Outside: nil}},
+		{func() { svc.Split, svc.Outside, svc.Sources = false, nil, nil }, map[Host][]netip.AddrPort{Outside: all[:2], Pod3: all[:2]}},
+		{func() { svc.Endpoints = all[1:2] }, map[Host][]netip.AddrPort{Outside: all[1:2], Pod3: all[1:2]}},
+	} {
+		step.change()
+		s.sync(t, s.table(svc))
+		for from, end := range step.end {
+			v, err := sends[from]()
+			if err != nil || v.Dropped != (len(end) == 0) || !v.Dropped && !slices.Contains(end, v.To) {
+				t.Errorf("from %s to %+v: %+v, %v; want one of %v", from, svc, v, err, end)
+			}
+		}
+	}
+}
+
 // split: who is led where changes in one operation, from any policy to any other.
 func (s *suite) split(t *testing.T) {
 	all := s.n.Endpoints(TCPPort, Pods...)

@@ -31,6 +31,7 @@ func Run(t *testing.T, w World) {
 				{"udp", s.udp},
 				{"udpFlow", s.udpFlow},
 				{"udpBefore", s.udpBefore},
+				{"udpSplit", s.udpSplit},
 				{"affinity", s.affinity},
 				{"affinitySplit", s.affinitySplit},
 				{"split", s.split},
