@@ -30,6 +30,7 @@ func machines(t *testing.T, count int) []*node {
 			network = 2
 		}
 		n := newNode(t)
+		n.router = router
 		uplink := fmt.Sprint("to", i+1)
 		netspacetest.Link(t, router, uplink, n.netns, "eth0")
 		netspacetest.Plug(t, router, uplink, fmt.Sprint("br", network))

@@ -19,6 +19,7 @@ import (
 
 	"decree.dev/decree/netplane/cni"
 	"decree.dev/decree/netplane/dns"
+	"decree.dev/decree/netplane/healthcheck"
 	"decree.dev/decree/netplane/host"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/nft"
@@ -102,6 +103,7 @@ type Plane struct {
 	services Services
 	closer   func() error
 	dns      *dns.Server
+	health   *healthcheck.Server
 	metrics  *metrics
 
 	mu   sync.Mutex
@@ -114,6 +116,9 @@ type Plane struct {
 	targets  map[types.UID]bool
 	released map[types.UID]time.Time
 	inForce  chan struct{}
+	// checks are what load balancers shall be told, and unchecked why some are not.
+	checks    []render.HealthCheck
+	unchecked string
 	// address is where DNS shall listen; moved is signalled when it changes.
 	address netip.Addr
 	moved   chan struct{}
@@ -140,12 +145,14 @@ func New(cfg Config) (*Plane, error) {
 	if err != nil {
 		return nil, fmt.Errorf("netplane: %w", err)
 	}
+	p.health = healthcheck.New(healthcheck.Config{Listen: p.listen, Log: cfg.Log})
 	p.dns = dns.New(dns.Config{ResolvConf: cfg.ResolvConf, Dial: p.dial, Registerer: cfg.Registerer, Log: cfg.Log})
 	return p, nil
 }
 
-// Close lets go of the kernel's interfaces; everything made stays.
-func (p *Plane) Close() error { return p.closer() }
+// Close lets go of the kernel's interfaces, and load balancers are no longer answered;
+// everything made stays.
+func (p *Plane) Close() error { return errors.Join(p.health.Close(), p.closer()) }
 
 // Set makes the node's network what d asks for. It is idempotent, and does as much
 // as it can when part of it does not work; the error says which part, and the next
@@ -165,6 +172,8 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 	}
 	errs = append(errs, p.sync(ctx, table))
 	p.dns.Set(zone)
+	p.checks = render.HealthChecks(d)
+	p.answer(ctx)
 	if p.address != d.DNS {
 		p.address = d.DNS
 		select {
@@ -339,6 +348,7 @@ func (p *Plane) Repair(ctx context.Context) error {
 	if p.want == nil {
 		return nil
 	}
+	p.answer(ctx)
 	if err := errors.Join(p.prepare(p.want), p.lead(p.self, p.peers)); err != nil {
 		return err
 	}
@@ -362,6 +372,8 @@ func (p *Plane) Purge(ctx context.Context) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.want = nil
+	p.checks = nil
+	p.answer(ctx)
 	cidrs, err := p.networks.PodCIDRs()
 	errs := []error{err, p.networks.Purge(ctx), p.services.Purge(ctx)}
 	errs = append(errs, netspace.Do(p.cfg.NetNS, func() error {

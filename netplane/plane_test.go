@@ -70,6 +70,7 @@ type node struct {
 	t             *testing.T
 	netns         string
 	name, address string // as one of several machines
+	router        string // of those
 	cfg           netplane.Config
 	plane         *netplane.Plane
 	stop          func()
@@ -248,6 +249,7 @@ func TestPlane(t *testing.T) {
 			t.Errorf("attached: %v, %v", uids, err)
 		}
 	})
+	t.Run("health check", func(t *testing.T) { n.health(t, a1, a2) })
 	t.Run("restart", func(t *testing.T) { n.restart(t, ns1, ns2, a1, a2) })
 	t.Run("repair", func(t *testing.T) {
 		netspacetest.In(t, n.netns, func() error { return exec.Command("nft", "flush", "ruleset").Run() })
@@ -276,6 +278,42 @@ func TestPlane(t *testing.T) {
 			}
 		}
 	})
+}
+
+// health asks as a load balancer does.
+func (n *node) health(t *testing.T, local, other netip.Addr) {
+	t.Helper()
+	d := desired(local, other)
+	d.Node = "self"
+	spec := &d.Services[0].Spec
+	spec.Type, spec.ExternalTrafficPolicy, spec.HealthCheckNodePort = corev1.ServiceTypeLoadBalancer, corev1.ServiceExternalTrafficPolicyLocal, 30001
+	ask := func() (code int) {
+		t.Helper()
+		netspacetest.In(t, n.netns, func() error {
+			c, err := net.DialTimeout("tcp", "127.0.0.1:30001", 5*time.Second)
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			fmt.Fprintf(c, "GET / HTTP/1.0\r\n\r\n")
+			_, err = fmt.Fscanf(c, "HTTP/1.0 %d", &code)
+			return err
+		})
+		return code
+	}
+	n.set(d)
+	if got := ask(); got != 503 {
+		t.Errorf("without an endpoint here: %d", got)
+	}
+	d.Slices[0].Endpoints[0].NodeName = &d.Node
+	n.set(d)
+	if got := ask(); got != 200 {
+		t.Errorf("with an endpoint here: %d", got)
+	}
+	n.set(desired(local, other))
+	if err := reach(n.netns, netip.MustParseAddrPort("127.0.0.1:30001")); err == nil {
+		t.Error("the health check of a service that is gone is answered")
+	}
 }
 
 // restart ends the Plane and begins another, with a connection open all the time.

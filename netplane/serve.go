@@ -23,6 +23,29 @@ func (p *Plane) dial(ctx context.Context, network, address string) (c net.Conn, 
 	return c, err
 }
 
+// listen opens a port on all addresses of the node.
+func (p *Plane) listen(ctx context.Context, port uint16) (ln net.Listener, err error) {
+	err = netspace.Do(p.cfg.NetNS, func() error {
+		ln, err = (&net.ListenConfig{}).Listen(ctx, "tcp", fmt.Sprintf(":%d", port))
+		return err
+	})
+	return ln, err
+}
+
+// answer tells load balancers how it is now. A port that another process has is that
+// service's misfortune, not the network's; the next Set or Repair tries it again. The caller
+// holds mu.
+func (p *Plane) answer(ctx context.Context) {
+	text := ""
+	if err := p.health.Set(ctx, p.checks); err != nil {
+		text = err.Error()
+	}
+	if text != p.unchecked && text != "" {
+		p.log.Error("load balancers cannot ask this node about all services; will try again", "err", text)
+	}
+	p.unchecked = text
+}
+
 // errMoved ends a server whose address changed.
 var errMoved = errors.New("cluster DNS has another address")
 

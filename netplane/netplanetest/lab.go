@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -27,6 +28,9 @@ const silence = 400 * time.Millisecond
 // the node, which routes.
 type Lab struct {
 	Path map[Host]string
+	// sctp lets one association after the other begin: a raw socket is told of what
+	// another one was refused.
+	sctp sync.Mutex
 }
 
 // NewLab builds the hosts and starts their servers, for the time of the test.
@@ -35,27 +39,39 @@ func NewLab(t testing.TB) *Lab {
 	l := &Lab{Path: map[Host]string{}}
 	for _, h := range append([]Host{Node, Outside}, Pods...) {
 		l.Path[h] = netspacetest.Namespace(t, string(h))
+		netspacetest.In(t, l.Path[h], func() error {
+			// Without it a new interface is of no use to IPv6 for a second.
+			return os.WriteFile("/proc/sys/net/ipv6/conf/default/accept_dad", []byte("0"), 0o644)
+		})
 	}
 	netspacetest.In(t, l.Path[Node], func() error {
 		return errors.Join(
 			os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644),
-			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644))
+			os.WriteFile("/proc/sys/net/ipv6/conf/all/forwarding", []byte("1"), 0o644),
+			// One refusal a second to each client would make tests wait.
+			os.WriteFile("/proc/sys/net/ipv4/icmp_ratelimit", []byte("0"), 0o644),
+			os.WriteFile("/proc/sys/net/ipv6/icmp/ratelimit", []byte("0"), 0o644))
 	})
 	for i, h := range append([]Host{Outside}, Pods...) {
 		l.connect(t, h, fmt.Sprintf("veth%d", i))
 	}
 	netspacetest.In(t, l.Path[Node], func() error {
 		for _, n := range Nets {
-			if err := localRoute(n.Range); err != nil {
+			if err := errors.Join(localRoute(n.Range), routeAway(n.Announced, n.Addr[Outside])); err != nil {
 				return err
 			}
 		}
 		return nil
 	})
-	for _, h := range append([]Host{Outside}, Pods...) {
+	for _, h := range append([]Host{Outside, Node}, Pods...) {
 		l.serve(t, h)
 	}
 	return l
+}
+
+// routeAway leads to addresses that no host holds, as a node's default route would.
+func routeAway(p netip.Prefix, gateway netip.Addr) error {
+	return netlink.RouteAdd(&netlink.Route{Dst: ipNet(p), Gw: gateway.AsSlice()})
 }
 
 func localRoute(p netip.Prefix) error {
@@ -135,6 +151,15 @@ func (l *Lab) serve(t testing.TB, h Host) {
 			}
 			t.Cleanup(func() { pc.Close() })
 			go serveUDP(pc)
+			if h == Node {
+				continue
+			}
+			sc, err := listenSCTP(n.Addr[h])
+			if err != nil {
+				return err
+			}
+			t.Cleanup(func() { sc.Close() })
+			go serveSCTP(sc, netip.AddrPortFrom(n.Addr[h], SCTPPort))
 		}
 		return nil
 	})
@@ -183,12 +208,18 @@ func serveUDP(pc net.PacketConn) {
 
 // Send implements World.
 func (l *Lab) Send(from Host, proto render.Proto, to netip.AddrPort) (v Verdict, err error) {
+	if proto == render.SCTP {
+		l.sctp.Lock()
+		defer l.sctp.Unlock()
+	}
 	err = netspace.Do(l.Path[from], func() error {
 		switch proto {
 		case render.TCP:
 			v, err = sendTCP(to)
 		case render.UDP:
 			v, err = sendUDP(to)
+		case render.SCTP:
+			v, err = sendSCTP(to)
 		default:
 			v, err = ping(to.Addr())
 		}

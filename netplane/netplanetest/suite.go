@@ -30,7 +30,12 @@ func Run(t *testing.T, w World) {
 				{"samePort", s.samePort},
 				{"udp", s.udp},
 				{"udpFlow", s.udpFlow},
+				{"udpBefore", s.udpBefore},
+				{"udpSplit", s.udpSplit},
 				{"affinity", s.affinity},
+				{"affinitySplit", s.affinitySplit},
+				{"split", s.split},
+				{"types", s.types},
 				{"many", s.many},
 				{"idempotent", s.idempotent},
 				{"settings", s.settings},
@@ -350,7 +355,14 @@ func (s *suite) many(t *testing.T) {
 func (s *suite) idempotent(t *testing.T) {
 	with := s.tcp(2, s.n.Endpoints(TCPPort, Pods...)...)
 	with.Affinity = time.Minute
-	tb := s.table(s.tcp(1, s.n.Endpoints(TCPPort, Pod1)...), with, s.tcp(3))
+	split, drop := s.tcp(4, s.n.Endpoints(TCPPort, Pods...)...), s.tcp(5)
+	split.Split, split.Outside, split.Affinity, drop.Drop = true, s.n.Endpoints(TCPPort, Pod1, Pod2), time.Hour, true
+	split.Sources = []netip.Prefix{s.n.Cluster, netip.PrefixFrom(s.n.Addr[Outside], s.n.Uplink.BitLen())}
+	slices.SortFunc(split.Sources, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
+	nobody := s.tcp(6, s.n.Endpoints(TCPPort, Pod3)...)
+	nobody.Split = true
+	tb := s.table(s.tcp(1, s.n.Endpoints(TCPPort, Pod1)...), with, s.tcp(3), split, drop, nobody)
+	tb.Announced, tb.Near = []netip.Prefix{s.n.Announced}, []netip.Addr{s.n.Addr[Pod1], s.n.Addr[Pod2]}
 	s.sync(t, tb)
 	if n := s.sync(t, tb); n != 0 {
 		t.Errorf("second sync: %d operations", n)
@@ -367,8 +379,13 @@ func (s *suite) settings(t *testing.T) {
 	tb.Cluster = nil
 	tb.Local = nil
 	tb.Pods = []netip.Prefix{s.n.Cluster} // the same start, wider
+	tb.Announced, tb.Near = []netip.Prefix{s.n.Announced}, []netip.Addr{s.n.Addr[Pod1], s.n.Addr[Pod2]}
 	if n := s.sync(t, tb); n == 0 {
 		t.Error("a change of settings took no operation")
+	}
+	tb.Near = []netip.Addr{s.n.Addr[Pod2], s.n.Addr[Pod3]}
+	if n := s.sync(t, tb); n != 1 {
+		t.Errorf("%d operations for a change of one setting, want 1", n)
 	}
 	s.sync(t, s.table())
 }

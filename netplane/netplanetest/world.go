@@ -26,18 +26,22 @@ const (
 // Pods are the hosts that serve.
 var Pods = []Host{Pod1, Pod2, Pod3}
 
-// TCPPort and UDPPort are served by each pod and by the host outside; SecondPort
-// is TCP too.
+// TCPPort, UDPPort and SCTPPort are served by each pod, by the host outside and, but for
+// SCTP, by the node; SecondPort is TCP too.
 const (
 	TCPPort    = 8080
 	UDPPort    = 8081
 	SecondPort = 8082
+	SCTPPort   = 8083
 )
 
 // Net is the addresses of a World in one IP family.
 type Net struct {
 	Name                 string
 	Cluster, Pods, Range netip.Prefix
+	// Announced is where load balancers have their addresses, which no host holds: all
+	// other hosts send them to the node, and the node to Outside.
+	Announced netip.Prefix
 	// Addr is each host's address; Uplink the node's address towards Outside.
 	Addr   map[Host]netip.Addr
 	Uplink netip.Addr
@@ -45,14 +49,15 @@ type Net struct {
 
 // Nets are the families of every World.
 var Nets = []Net{
-	newNet("ipv4", "10.98.0.0/16", "10.98.0.0/24", "10.97.0.0/16", "10.98.0.", "192.0.2."),
-	newNet("ipv6", "fd98::/48", "fd98::/64", "fd97::/108", "fd98::", "2001:db8::"),
+	newNet("ipv4", "10.98.0.0/16", "10.98.0.0/24", "10.97.0.0/16", "203.0.113.0/24", "10.98.0.", "192.0.2."),
+	newNet("ipv6", "fd98::/48", "fd98::/64", "fd97::/108", "2001:db8:f::/64", "fd98::", "2001:db8::"),
 }
 
-func newNet(name, cluster, pods, services, pod, out string) Net {
+func newNet(name, cluster, pods, services, announced, pod, out string) Net {
 	a := netip.MustParseAddr
 	return Net{
 		Name: name, Cluster: netip.MustParsePrefix(cluster), Pods: netip.MustParsePrefix(pods), Range: netip.MustParsePrefix(services),
+		Announced: netip.MustParsePrefix(announced),
 		Addr: map[Host]netip.Addr{
 			Node: a(pod + "1"), Pod1: a(pod + "2"), Pod2: a(pod + "3"), Pod3: a(pod + "4"), Outside: a(out + "2"),
 		},
@@ -61,8 +66,13 @@ func newNet(name, cluster, pods, services, pod, out string) Net {
 }
 
 // Service returns the n-th address for services, from 1.
-func (n *Net) Service(i int) netip.Addr {
-	a := n.Range.Addr()
+func (n *Net) Service(i int) netip.Addr { return nth(n.Range, i) }
+
+// Balanced returns the n-th address for load balancers, from 1.
+func (n *Net) Balanced(i int) netip.Addr { return nth(n.Announced, i) }
+
+func nth(p netip.Prefix, i int) netip.Addr {
+	a := p.Addr()
 	for range i {
 		a = a.Next()
 	}

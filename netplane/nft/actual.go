@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -77,7 +78,7 @@ func (s *Services) readOnce(f *family) (*actual, error) {
 		}
 		size := f.set(t, id).KeyType.Bytes
 		err := s.wire.contents(f, t.Name, id, func(e element) {
-			a.sound = a.sound && len(e.key) == int(size)
+			a.sound = a.sound && len(e.key) == int(size) && (id != allowed || len(e.val) == int(size))
 			if a.sound {
 				a.add(f, e)
 			}
@@ -92,10 +93,11 @@ func (s *Services) readOnce(f *family) (*actual, error) {
 func (a *actual) add(f *family, e element) {
 	key := e.key
 	switch e.set {
-	case services:
+	case services, split, guarded, closed:
+	case allowed:
+		key = key[:len(key)-f.bytes]
 	case endpoints, identities, live:
 		key = key[4:]
-	case closed:
 	default:
 		a.rest = append(a.rest, e)
 		return
@@ -150,11 +152,11 @@ func (s *Services) checkChains(f *family, t *nftables.Table, balancers map[strin
 		delete(found, want.name)
 	}
 	for name := range found {
-		n, timeout, ok := parseBalancer(name)
+		b, ok := parseBalancer(name)
 		if !ok {
 			return false, nil // not ours
 		}
-		want := f.balancerChain(n, timeout)
+		want := f.balancerChain(b)
 		if balancers[name], err = sameRules(f, tags[name], &want); err != nil {
 			return false, err
 		}
@@ -182,35 +184,52 @@ func sameRules(f *family, tags []string, want *chain) (bool, error) {
 // service decodes the elements of one service as far as they make sense.
 func (f *family) service(p render.Port, es []element) (render.Service, bool) {
 	s := render.Service{Port: p}
-	known := false
+	known, n, outer := false, 0, 0
+	var backends []element
+	sortElements(es)
+	for _, e := range es {
+		switch e.set {
+		case closed:
+			known = true
+		case services:
+			known, s.Drop = true, e.val == verdictDrop
+			if b, ok := parseBalancer(e.val); ok {
+				n, s.Affinity = b.n, b.affinity
+			}
+		case split:
+			b, _ := parseBalancer(e.val)
+			s.Split, outer = true, b.n
+		case endpoints:
+			backends = append(backends, e)
+		case allowed:
+			first, last := f.addr(e.key[len(e.key)-f.bytes:]), f.addr(e.val[len(e.val)-f.bytes:])
+			if source, ok := prefixBetween(first, last.Next()); ok {
+				s.Sources = append(s.Sources, source)
+			}
+		}
+	}
+	s.Endpoints, s.Outside = f.backends(backends, 0, n), f.backends(backends, firstOutside, outer)
+	return s, known
+}
+
+// backends returns the n endpoints from index first on, in the order of their indices.
+func (f *family) backends(es []element, first uint32, n int) []netip.AddrPort {
 	type indexed struct {
 		i  uint32
 		ep netip.AddrPort
 	}
 	var eps []indexed
-	n := -1
 	for _, e := range es {
-		switch e.set {
-		case closed:
-			known, n = true, 0
-		case services:
-			if count, timeout, ok := parseBalancer(e.val); ok {
-				known, n, s.Affinity = true, count, timeout
-			}
-		case endpoints:
-			if len(e.val) < f.addrPortBytes() {
-				continue
-			}
-			eps = append(eps, indexed{binary.NativeEndian.Uint32([]byte(e.key[:4])), f.addrPort(e.val)})
+		if i := binary.NativeEndian.Uint32([]byte(e.key[:4])); i >= first && uint64(i) < uint64(first)+uint64(n) && len(e.val) >= f.addrPortBytes() {
+			eps = append(eps, indexed{i, f.addrPort(e.val)})
 		}
 	}
-	slices.SortFunc(eps, func(a, b indexed) int { return int(a.i) - int(b.i) })
+	slices.SortFunc(eps, func(a, b indexed) int { return cmp.Compare(a.i, b.i) })
+	var out []netip.AddrPort
 	for _, x := range eps {
-		if int(x.i) < n {
-			s.Endpoints = append(s.Endpoints, x.ep)
-		}
+		out = append(out, x.ep)
 	}
-	return s, known
+	return out
 }
 
 // settings decodes what is not of a service into t.
@@ -222,12 +241,17 @@ func (f *family) settings(t *render.Table, rest []element) {
 		case local:
 			t.Local = append(t.Local, f.port(e.key))
 			continue
+		case near:
+			t.Near = append(t.Near, f.addr(e.key))
+			continue
 		case cluster:
 			into = &t.Cluster
 		case pods:
 			into = &t.Pods
 		case ranges:
 			into = &t.Range
+		case announced:
+			into = &t.Announced
 		default:
 			continue
 		}

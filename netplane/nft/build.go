@@ -23,6 +23,7 @@ func uses(f *family, t *render.Table) bool {
 	n := len(t.Services)
 	return n > 0 && (of(t.Services[0].Addr) || of(t.Services[n-1].Addr)) ||
 		slices.ContainsFunc(t.Range, prefix) || slices.ContainsFunc(t.Cluster, prefix) || slices.ContainsFunc(t.Pods, prefix) ||
+		slices.ContainsFunc(t.Announced, prefix) || slices.ContainsFunc(t.Near, of) ||
 		slices.ContainsFunc(t.Local, func(p render.Port) bool { return of(p.Addr) })
 }
 
@@ -74,7 +75,7 @@ func (s *Services) addBalancers(f *family, cs []change) error {
 	for i := range cs {
 		for j := range cs[i].adds {
 			e := &cs[i].adds[j]
-			if e.set != services || s.chains[f][e.val] || slices.Contains(made, e.val) {
+			if e.set != services && e.set != split || e.val == verdictDrop || s.chains[f][e.val] || slices.Contains(made, e.val) {
 				continue
 			}
 			made = append(made, e.val)
@@ -105,8 +106,8 @@ func (s *Services) addBalancers(f *family, cs []change) error {
 }
 
 func (s *Services) addBalancer(f *family, t *nftables.Table, name string) error {
-	n, timeout, _ := parseBalancer(name)
-	c := f.balancerChain(n, timeout)
+	b, _ := parseBalancer(name)
+	c := f.balancerChain(b)
 	s.conn.AddChain(&nftables.Chain{Name: name, Table: t})
 	s.conn.FlushChain(&nftables.Chain{Name: name, Table: t})
 	return s.addChain(f, t, &c)
@@ -124,8 +125,9 @@ func (s *Services) collect(want *render.Table) {
 			idle[name] = true
 		}
 		for i := range want.Services {
-			if svc := &want.Services[i]; len(svc.Endpoints) > 0 && familyOf(svc.Addr) == f {
-				delete(idle, balancer(len(svc.Endpoints), svc.Affinity))
+			if svc := &want.Services[i]; familyOf(svc.Addr) == f {
+				delete(idle, balancer{n: len(svc.Endpoints), affinity: svc.Affinity}.name())
+				delete(idle, balancer{outside: true, n: len(svc.Outside), affinity: svc.Affinity}.name())
 			}
 		}
 		if len(idle) <= maxIdleChains {
@@ -160,7 +162,7 @@ func Probe() error {
 	err = s.build(ip4)
 	if err == nil {
 		for _, affinity := range []time.Duration{0, time.Hour} {
-			c := ip4.balancerChain(2, affinity)
+			c := ip4.balancerChain(balancer{n: 2, affinity: affinity})
 			err = errors.Join(err, s.addChain(ip4, t, &c))
 		}
 		if err == nil {

@@ -10,7 +10,8 @@ import (
 	"decree.dev/decree/netplane/render"
 )
 
-// element is one entry of a set. val is the data of a map, or the chain to go to.
+// element is one entry of a set. val is the data of a map, the chain to go to (or
+// verdictDrop), or, of allowed, the last key of its range.
 type element struct {
 	set      setID
 	key, val string
@@ -36,17 +37,43 @@ func sortElements(es []element) {
 func elementsOf(out []element, s *render.Service) []element {
 	port := string(appendPort(nil, s.Port))
 	n := len(s.Endpoints)
-	if n == 0 {
+	switch {
+	case n == 0 && s.Drop:
+		return append(out, element{set: services, key: port, val: verdictDrop})
+	case n == 0:
 		return append(out, element{set: closed, key: port})
 	}
-	out = append(out, element{set: services, key: port, val: balancer(n, s.Affinity)})
+	out = append(out, element{set: services, key: port, val: balancer{n: n, affinity: s.Affinity}.name()})
+	out = backendsOf(out, s, port, false)
+	if m := len(s.Outside); s.Split && m > 0 {
+		out = append(out, element{set: split, key: port, val: balancer{outside: true, n: m, affinity: s.Affinity}.name()})
+		out = backendsOf(out, s, port, true)
+	} else if s.Split {
+		out = append(out, element{set: split, key: port, val: verdictDrop})
+	}
+	if len(s.Sources) > 0 {
+		out = append(out, element{set: guarded, key: port})
+	}
+	for _, p := range s.Sources {
+		out = append(out, element{set: allowed, key: port + string(appendAddr(nil, p.Addr())), val: port + string(appendAddr(nil, lastOf(p)))})
+	}
+	return out
+}
+
+// backendsOf appends what the balancers of one service look up, for clients from outside or
+// for all others.
+func backendsOf(out []element, s *render.Service, port string, fromOutside bool) []element {
 	taken := map[uint32]bool{}
-	for i, ep := range s.Endpoints {
-		key := word(uint32(i)) + port
+	eps, first := s.Endpoints, uint32(0)
+	if fromOutside {
+		eps, first = s.Outside, firstOutside
+	}
+	for i, ep := range eps {
+		key := word(first+uint32(i)) + port
 		backend := string(appendAddrPort(nil, ep))
 		out = append(out, element{set: endpoints, key: key, val: backend})
 		if s.Affinity > 0 {
-			who := identity(backend, taken)
+			who := identity(backend, fromOutside, taken)
 			out = append(out, element{set: identities, key: key, val: word(who)}, element{set: live, key: word(who) + port, val: backend})
 		}
 	}
@@ -54,15 +81,19 @@ func elementsOf(out []element, s *render.Service) []element {
 }
 
 // identity is a number for an endpoint that stays the same while other endpoints
-// of its service come and go.
-func identity(backend string, taken map[uint32]bool) uint32 {
+// of its service come and go. For clients from outside it is another one, with the bit of
+// firstOutside, so that they do not stay with an endpoint that is for others only.
+func identity(backend string, fromOutside bool, taken map[uint32]bool) uint32 {
 	h := fnv.New32a()
 	h.Write([]byte(backend))
-	who := h.Sum32()
+	who := h.Sum32() &^ firstOutside
 	for who == 0 || taken[who] { // zero is no mark
-		who++
+		who = (who + 1) &^ firstOutside
 	}
 	taken[who] = true
+	if fromOutside {
+		who |= firstOutside
+	}
 	return who
 }
 
@@ -78,7 +109,7 @@ func (f *family) settingsOf(out []element, t *render.Table) []element {
 	for _, x := range []struct {
 		id setID
 		ps []netip.Prefix
-	}{{cluster, t.Cluster}, {pods, t.Pods}, {ranges, t.Range}} {
+	}{{cluster, t.Cluster}, {pods, t.Pods}, {ranges, t.Range}, {announced, t.Announced}} {
 		for _, p := range x.ps {
 			if familyOf(p.Addr()) != f {
 				continue
@@ -87,6 +118,11 @@ func (f *family) settingsOf(out []element, t *render.Table) []element {
 			if after := afterPrefix(p); after.IsValid() {
 				out = append(out, element{set: x.id, key: string(appendAddr(nil, after)), end: true})
 			}
+		}
+	}
+	for _, a := range t.Near {
+		if familyOf(a) == f {
+			out = append(out, element{set: near, key: string(appendAddr(nil, a))})
 		}
 	}
 	for _, p := range t.Local {
@@ -98,13 +134,16 @@ func (f *family) settingsOf(out []element, t *render.Table) []element {
 }
 
 // afterPrefix is the first address after p, or the zero Addr if there is none.
-func afterPrefix(p netip.Prefix) netip.Addr {
+func afterPrefix(p netip.Prefix) netip.Addr { return lastOf(p).Next() }
+
+// lastOf is the last address in p.
+func lastOf(p netip.Prefix) netip.Addr {
 	b := p.Masked().Addr().AsSlice()
 	for i := p.Bits(); i < len(b)*8; i++ {
 		b[i/8] |= 0x80 >> (i % 8)
 	}
 	a, _ := netip.AddrFromSlice(b)
-	return a.Next()
+	return a
 }
 
 // prefixBetween is the prefix from first up to, but without, after (the zero Addr:
@@ -132,12 +171,12 @@ func changes(have, want []element) (dels, adds []element) {
 			continue
 		}
 		if ok {
-			dels = append(dels, element{set: e.set, key: e.key, end: e.end})
+			dels = append(dels, element{set: e.set, key: e.key, val: val, end: e.end})
 		}
 		adds = append(adds, e)
 	}
-	for k := range old {
-		dels = append(dels, element{set: k.set, key: k.key, end: k.end})
+	for k, val := range old {
+		dels = append(dels, element{set: k.set, key: k.key, val: val, end: k.end})
 	}
 	return dels, adds
 }
@@ -153,7 +192,7 @@ func settingChanges(have, want []element) (dels, adds []element) {
 		}
 	}
 	anew := func(e element) bool {
-		return differs[e.set] && (e.set == cluster || e.set == pods || e.set == ranges)
+		return differs[e.set] && e.set.interval()
 	}
 	dels, adds = slices.DeleteFunc(dels, anew), slices.DeleteFunc(adds, anew)
 	for _, e := range have {

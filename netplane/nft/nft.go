@@ -14,6 +14,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -197,8 +198,9 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 	}
 	if !s.have.SameConfig(want) {
 		n++
+		before, after := differing(s.have, want)
 		for _, f := range families {
-			dels, adds := settingChanges(f.settingsOf(nil, &s.have), f.settingsOf(nil, &want))
+			dels, adds := settingChanges(f.settingsOf(nil, &before), f.settingsOf(nil, &after))
 			byFamily[f] = append([]change{{dels, adds}}, byFamily[f]...)
 		}
 	}
@@ -212,7 +214,18 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 	}
 	s.have, s.known = want, true
 	s.collect(&want)
-	return n, s.forgetFlows(ops)
+	return n, s.forgetFlows(ops, &want)
+}
+
+// differing returns the settings in which a and b differ, without those that are the same.
+func differing(a, b render.Table) (render.Table, render.Table) {
+	a.Services, b.Services = nil, nil
+	for _, p := range [][2]*[]netip.Prefix{{&a.Range, &b.Range}, {&a.Announced, &b.Announced}, {&a.Cluster, &b.Cluster}, {&a.Pods, &b.Pods}} {
+		if slices.Equal(*p[0], *p[1]) {
+			*p[0], *p[1] = nil, nil
+		}
+	}
+	return a, b
 }
 
 // changeOf turns an operation into elements, those of hairpin included.
@@ -231,7 +244,7 @@ func (s *Services) changeOf(op diff.Op) change {
 		if svc == nil {
 			return
 		}
-		for _, ep := range svc.Endpoints {
+		for ep := range everyEndpoint(svc) {
 			if _, ok := before[ep.Addr()]; !ok {
 				before[ep.Addr()] = s.reach[ep.Addr()]
 			}
@@ -254,13 +267,26 @@ func (s *Services) changeOf(op diff.Op) change {
 	return c
 }
 
+// everyEndpoint is what any client may be led to; some of it may come twice.
+func everyEndpoint(svc *render.Service) iter.Seq[netip.AddrPort] {
+	return func(yield func(netip.AddrPort) bool) {
+		for _, eps := range [...][]netip.AddrPort{svc.Endpoints, svc.Outside} {
+			for _, ep := range eps {
+				if !yield(ep) {
+					return
+				}
+			}
+		}
+	}
+}
+
 // full reads the kernel's tables and goes from there to want.
 func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 	s.known = false
 	s.chains = map[*family]map[string]bool{}
 	s.reach = map[netip.Addr]int{}
 	for i := range want.Services {
-		for _, ep := range want.Services[i].Endpoints {
+		for ep := range everyEndpoint(&want.Services[i]) {
 			s.reach[ep.Addr()]++
 		}
 	}
@@ -297,7 +323,7 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 	}
 	s.have, s.known = want, true
 	s.collect(&want)
-	return n, s.forgetFlows(ops)
+	return n, s.forgetFlows(ops, &want)
 }
 
 // compare finds the changes of every service of f and of the rest, the operations

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"go.uber.org/goleak"
@@ -95,6 +96,41 @@ func TestConformance(t *testing.T) {
 	netplanetest.Run(t, &kernel{netplanetest.NewLab(t), t})
 }
 
+// TestCompare: random packets end in the kernel as they do in memory.
+func TestCompare(t *testing.T) {
+	netplanetest.Compare(t, &kernel{netplanetest.NewLab(t), t})
+}
+
+// TestAffinityEnds: a client is remembered for as long as the service says. Time has to pass
+// in the kernel, hence the sleep.
+func TestAffinityEnds(t *testing.T) {
+	k := &kernel{netplanetest.NewLab(t), t}
+	s, err := k.Services()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := netplanetest.Nets[0]
+	svc := render.Service{
+		Port:      render.Port{Addr: n.Service(1), Proto: render.TCP, Port: 80},
+		Endpoints: n.Endpoints(netplanetest.TCPPort, netplanetest.Pods...), Affinity: time.Second,
+	}
+	if _, err := s.Sync(t.Context(), render.Table{Services: []render.Service{svc}, Range: only(n.Range), Cluster: only(n.Cluster)}); err != nil {
+		t.Fatal(err)
+	}
+	seen := map[netip.AddrPort]bool{}
+	for range 15 { // all the same once in five million times
+		v, err := k.Send(netplanetest.Pod1, render.TCP, netip.AddrPortFrom(svc.Addr, svc.Port.Port))
+		if err != nil || !v.To.IsValid() {
+			t.Fatalf("%+v, %v", v, err)
+		}
+		if seen[v.To] = true; len(seen) > 1 {
+			return
+		}
+		time.Sleep(1200 * time.Millisecond)
+	}
+	t.Errorf("a client that is to be forgotten after a second always reached %v", seen)
+}
+
 // TestListed: the tool that operators look with can print what is there.
 func TestListed(t *testing.T) {
 	if _, err := exec.LookPath("nft"); err != nil {
@@ -112,7 +148,12 @@ func TestListed(t *testing.T) {
 				{Port: render.Port{Addr: n.Service(1), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...)},
 				{Port: render.Port{Addr: n.Service(2), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...), Affinity: 3600e9},
 				{Port: render.Port{Addr: n.Service(3), Proto: render.TCP, Port: 80}},
+				{Port: render.Port{Addr: n.Service(4), Proto: render.TCP, Port: 80}, Drop: true},
+				{Port: render.Port{Addr: n.Service(5), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...),
+					Split: true, Outside: n.Endpoints(8080, netplanetest.Pod1, netplanetest.Pod2), Affinity: 3600e9, Sources: only(n.Cluster)},
+				{Port: render.Port{Addr: n.Service(6), Proto: render.TCP, Port: 80}, Endpoints: n.Endpoints(8080, netplanetest.Pods...), Split: true},
 			},
+			Announced: only(n.Announced), Near: []netip.Addr{n.Addr[netplanetest.Pod1]},
 		}
 		if _, err := s.Sync(t.Context(), tb); err != nil {
 			t.Fatal(err)
@@ -123,7 +164,9 @@ func TestListed(t *testing.T) {
 			return err
 		})
 		t.Logf("%s", out)
-		for _, want := range []string{"table " + map[bool]string{true: "ip", false: "ip6"}[n.Service(1).Is4()] + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : goto lb_3"} {
+		for _, want := range []string{"table " + map[bool]string{true: "ip", false: "ip6"}[n.Service(1).Is4()] + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : goto lb_3",
+			n.Service(4).String() + " . tcp . 80 : drop", "numgen random mod 2 offset 2147483648", n.Service(5).String() + " . tcp . 80 : goto out_2_3600",
+			n.Service(5).String() + " . tcp . 80 . " + n.Cluster.String(), n.Service(6).String() + " . tcp . 80 : drop"} {
 			if !strings.Contains(string(out), want) {
 				t.Errorf("%q is not in the listing", want)
 			}

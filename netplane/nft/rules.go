@@ -1,7 +1,6 @@
 package nft
 
 import (
-	"fmt"
 	"strconv"
 	"strings"
 	"time"
@@ -37,28 +36,43 @@ type chain struct {
 func (f *family) chains() []chain {
 	return []chain{
 		{name: "refuse", rules: f.refuse()},
-		{name: "prerouting", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookPrerouting, prio: nftables.ChainPriorityNATDest, rules: f.balance()},
-		{name: "output", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityNATDest, rules: f.balance()},
+		{name: "prerouting", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookPrerouting, prio: nftables.ChainPriorityNATDest, rules: f.balance(false)},
+		{name: "output", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityNATDest, rules: f.balance(true)},
 		{name: "postrouting", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, prio: nftables.ChainPriorityNATSource, rules: f.masquerade()},
-		{name: "filter_input", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, prio: nftables.ChainPriorityFilter, rules: f.filter()},
-		{name: "filter_forward", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, prio: nftables.ChainPriorityFilter, rules: f.filter()},
-		{name: "filter_output", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityFilter, rules: f.filter()},
+		{name: "filter_input", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, prio: nftables.ChainPriorityFilter, rules: f.filter(false)},
+		{name: "filter_forward", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, prio: nftables.ChainPriorityFilter, rules: f.filter(true)},
+		{name: "filter_output", typ: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityFilter, rules: f.filter(false)},
 	}
 }
 
-// balance sends packets to services on to the chain for their number of endpoints.
-func (f *family) balance() [][]expr.Any {
-	return [][]expr.Any{append(f.loadPort(reg0), &expr.Lookup{SourceRegister: reg0, SetName: setNames[services], IsDestRegSet: true, DestRegister: unix.NFT_REG_VERDICT})}
+// balance sends packets to services on to the chain for their number of endpoints, unless
+// their source is not allowed. What this node sends itself never comes from outside.
+func (f *family) balance(own bool) [][]expr.Any {
+	to := func(id setID) []expr.Any {
+		return append(f.loadPort(reg0), mapped(reg0, id, unix.NFT_REG_VERDICT))
+	}
+	client := f.load(reg0+f.words+2, f.saddr) // behind the service
+	rules := [][]expr.Any{
+		join(f.loadPort(reg0), []expr.Any{member(reg0, guarded)}, f.loadPort(reg0), []expr.Any{client, notMember(reg0, allowed), drop()}),
+	}
+	if !own {
+		rules = append(rules, join([]expr.Any{f.load(reg0, f.saddr), notMember(reg0, cluster)}, to(split)))
+	}
+	return append(rules, to(services))
 }
 
 // filter refuses what is addressed to a service and was not translated.
-func (f *family) filter() [][]expr.Any {
+func (f *family) filter(forwarded bool) [][]expr.Any {
 	refuse := &expr.Verdict{Kind: expr.VerdictGoto, Chain: "refuse"}
-	return [][]expr.Any{
+	rules := [][]expr.Any{
 		{ct(expr.CtKeyDIRECTION), equal([]byte{dirReply}), accept()},
 		{f.load(reg0, f.daddr), member(reg0, ranges), refuse},
 		append(f.loadPort(reg0), member(reg0, closed), refuse),
 	}
+	if forwarded {
+		rules = append(rules, []expr.Any{f.load(reg0, f.daddr), member(reg0, announced), refuse})
+	}
+	return rules
 }
 
 // refuse tells the client at once where the protocol has a way to, except for
@@ -70,75 +84,91 @@ func (f *family) refuse() [][]expr.Any {
 		{l4proto(reg0), equal([]byte{byte(render.TCP)}), &expr.Reject{Type: unix.NFT_REJECT_TCP_RST}},
 		{l4proto(reg0), equal([]byte{byte(render.UDP)}), unreachable},
 		{l4proto(reg0), equal([]byte{byte(render.SCTP)}), unreachable},
-		{&expr.Verdict{Kind: expr.VerdictDrop}},
+		{drop()},
 	}
 }
 
 // masquerade gives the node's address to connections whose replies would not come
-// back otherwise: a pod that reached itself, a client outside the cluster, and
-// pods that leave the cluster.
+// back otherwise: a pod that reached itself, a client outside the cluster whose endpoint
+// is on another node, and pods that leave the cluster. What this node sends to a service
+// in the range has the service's address as source, because that is local.
 func (f *family) masquerade() [][]expr.Any {
 	translated := []expr.Any{
 		ct(expr.CtKeySTATUS),
-		&expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(dstNATStatus), Xor: make([]byte, 4)},
+		bits(reg0, dstNATStatus),
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)},
 	}
 	src, dst := f.load(reg0, f.saddr), f.load(reg0, f.daddr)
 	dst2 := f.load(reg0+f.words, f.daddr)
 	masq := &expr.Masq{FullyRandom: true}
+	// Others translate addresses too: only what goes to an endpoint of ours.
+	foreign := join(translated, []expr.Any{dst, dst2, member(reg0, hairpin), src, notMember(reg0, cluster)})
+	own := []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: reg0}, equal(make([]byte, 4))}
 	return [][]expr.Any{
 		join(translated, []expr.Any{src, dst2, member(reg0, hairpin), masq}),
-		// Others translate addresses too: only what goes to an endpoint of ours.
-		join(translated, []expr.Any{dst, dst2, member(reg0, hairpin), src, notMember(reg0, cluster), masq}),
+		join(foreign, []expr.Any{dst, notMember(reg0, near), masq}),
+		join(foreign, own, []expr.Any{masq}),
 		{src, member(reg0, pods), dst, notMember(reg0, cluster), dst, notMember(reg0, ranges), masq},
 	}
 }
 
-// balancer names the chain for services with this many endpoints (at least one).
-func balancer(n int, affinity time.Duration) string {
-	if affinity == 0 {
-		return "lb_" + strconv.Itoa(n)
-	}
-	return fmt.Sprintf("lb_%d_%d", n, int64(affinity/time.Second))
+// balancer is a chain for all services with so many endpoints (at least one).
+type balancer struct {
+	outside  bool // for clients from outside only
+	n        int
+	affinity time.Duration
 }
 
-// parseBalancer undoes balancer.
-func parseBalancer(name string) (n int, affinity time.Duration, ok bool) {
-	rest, ok := strings.CutPrefix(name, "lb_")
-	if !ok {
-		return 0, 0, false
+func (b balancer) name() string {
+	name := "lb_"
+	if b.outside {
+		name = "out_"
 	}
+	name += strconv.Itoa(b.n)
+	if b.affinity > 0 {
+		name += "_" + strconv.FormatInt(int64(b.affinity/time.Second), 10)
+	}
+	return name
+}
+
+// parseBalancer undoes name.
+func parseBalancer(name string) (balancer, bool) {
+	view, rest, _ := strings.Cut(name, "_")
+	b := balancer{outside: view == "out"}
 	count, seconds, has := strings.Cut(rest, "_")
-	n, err := strconv.Atoi(count)
-	if err != nil || n < 1 {
-		return 0, 0, false
+	var err error
+	if b.n, err = strconv.Atoi(count); err != nil || b.n < 1 {
+		return balancer{}, false
 	}
 	if has {
 		s, err := strconv.ParseInt(seconds, 10, 32)
 		if err != nil || s < 1 {
-			return 0, 0, false
+			return balancer{}, false
 		}
-		affinity = time.Duration(s) * time.Second
+		b.affinity = time.Duration(s) * time.Second
 	}
-	return n, affinity, balancer(n, affinity) == name
+	return b, b.name() == name
 }
 
-// balancerChain is the chain that picks one of n endpoints.
+// balancerChain is the chain that picks one of b.n endpoints.
 //
 // The random number lies in the register before the service's key, so that one
 // lookup finds the endpoint, whatever the number of services. With affinity, the
 // endpoint's identity travels in the packet mark of a connection's first packet
 // from one lookup to the next, because the nft command cannot list rules that use
 // the result of a lookup in another one; the mark is zero again when done.
-func (f *family) balancerChain(n int, timeout time.Duration) chain {
+func (f *family) balancerChain(b balancer) chain {
 	key := reg0 + f.words     // service; one address before it for the client
 	data := key + f.words + 2 // endpoint
 	spare := data + f.words + 1
-	index := &expr.Numgen{Register: key - 1, Modulus: uint32(n), Type: unix.NFT_NG_RANDOM}
+	index := &expr.Numgen{Register: key - 1, Modulus: uint32(b.n), Type: unix.NFT_NG_RANDOM}
+	if b.outside {
+		index.Offset = firstOutside
+	}
 	nat := &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.nf), RegAddrMin: data, RegProtoMin: data + f.words, Specified: true}
-	c := chain{name: balancer(n, timeout)}
+	c := chain{name: b.name()}
 	pick := join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, endpoints, data)})
-	if timeout == 0 {
+	if b.affinity == 0 {
 		c.rules = [][]expr.Any{join(pick, []expr.Any{nat})}
 		return c
 	}
@@ -150,13 +180,17 @@ func (f *family) balancerChain(n int, timeout time.Duration) chain {
 	dynset := func(op uint32, timeout time.Duration) expr.Any {
 		return &expr.Dynset{SetName: setNames[affinity], SrcRegKey: reg0, SrcRegData: spare, Operation: op, Timeout: timeout}
 	}
-	remember, forget := dynset(unix.NFT_DYNSET_OP_UPDATE, timeout), dynset(dynsetDelete, 0)
+	remember, forget := dynset(unix.NFT_DYNSET_OP_UPDATE, b.affinity), dynset(dynsetDelete, 0)
 	unmark := []expr.Any{&expr.Immediate{Register: spare, Data: make([]byte, 4)}, setMark(spare)}
 	find := []expr.Any{mark(key - 1), mapped(key-1, live, data)}
+	var allowed []expr.Any
+	if b.outside { // not what it is remembered by from a time when all went everywhere
+		allowed = []expr.Any{mark(spare), bits(spare, firstOutside), &expr.Cmp{Op: expr.CmpOpNeq, Register: spare, Data: make([]byte, 4)}}
+	}
 	c.rules = [][]expr.Any{
 		// A client that is remembered, and whose endpoint is still there.
 		join([]expr.Any{client}, f.loadPort(key), []expr.Any{mapped(reg0, affinity, data), setMark(data)},
-			find, []expr.Any{client, mark(spare), remember}, unmark, []expr.Any{nat}),
+			allowed, find, []expr.Any{client, mark(spare), remember}, unmark, []expr.Any{nat}),
 		// Any other. An update keeps the endpoint that it finds: one that is gone has
 		// to be forgotten first.
 		join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, identities, data), setMark(data)},
@@ -199,7 +233,14 @@ func notMember(reg uint32, id setID) expr.Any {
 	return &expr.Lookup{SourceRegister: reg, SetName: setNames[id], Invert: true}
 }
 
+// bits keeps some bits of a register.
+func bits(reg, mask uint32) expr.Any {
+	return &expr.Bitwise{SourceRegister: reg, DestRegister: reg, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(mask), Xor: make([]byte, 4)}
+}
+
 func accept() expr.Any { return &expr.Verdict{Kind: expr.VerdictAccept} }
+
+func drop() expr.Any { return &expr.Verdict{Kind: expr.VerdictDrop} }
 
 func join(parts ...[]expr.Any) []expr.Any {
 	var out []expr.Any

@@ -1,6 +1,8 @@
 package nft
 
 import (
+	"slices"
+
 	"github.com/google/nftables"
 )
 
@@ -9,9 +11,16 @@ type setID uint8
 
 // The sets of a table.
 const (
-	// services maps address . protocol . port to the chain that balances it.
+	// services maps address . protocol . port to the chain that balances it, or to drop.
 	services setID = iota
-	// endpoints maps index . address . protocol . port to endpoint address . port.
+	// split is services for clients from outside, where they are led elsewhere.
+	split
+	// guarded are the services for some sources only, and allowed the ranges service .
+	// client of those.
+	guarded
+	allowed
+	// endpoints maps index . address . protocol . port to endpoint address . port. The
+	// indices of split begin at firstOutside.
 	endpoints
 	// closed are the services without endpoints.
 	closed
@@ -25,10 +34,13 @@ const (
 	// hairpin are the pairs address . address of all endpoints: what a pod that
 	// reached itself looks like.
 	hairpin
-	// cluster, pods, ranges and local are the like-named fields of render.Table.
+	// cluster, pods, ranges, announced, near and local are the like-named fields of
+	// render.Table.
 	cluster
 	pods
 	ranges
+	announced
+	near
 	local
 	numSets
 )
@@ -37,7 +49,16 @@ const (
 // balanced without being remembered.
 const affinitySize = 1 << 18
 
-var setNames = [numSets]string{"services", "endpoints", "closed", "identities", "live", "affinity", "hairpin", "cluster", "pods", "range", "local"}
+// firstOutside is the index of the first endpoint for clients from outside.
+const firstOutside = 1 << 31
+
+var setNames = [numSets]string{"services", "split", "guarded", "allowed", "endpoints", "closed", "identities", "live", "affinity", "hairpin",
+	"cluster", "pods", "range", "announced", "near", "local"}
+
+// interval reports whether a set of addresses holds ranges of them.
+func (id setID) interval() bool {
+	return id == cluster || id == pods || id == ranges || id == announced
+}
 
 // set describes a set to the kernel.
 func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
@@ -45,20 +66,24 @@ func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
 	port := []nftables.SetDatatype{f.addrType, nftables.TypeInetProto, nftables.TypeInetService}
 	backend := nftables.MustConcatSetType(f.addrType, nftables.TypeInetService)
 	switch id {
-	case services:
+	case services, split:
 		s.KeyType, s.IsMap, s.DataType = concat(port...), true, nftables.TypeVerdict
+	case allowed:
+		s.KeyType, s.Interval = concat(append(slices.Clone(port), f.addrType)...), true
 	case endpoints, live:
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, backend
 	case identities:
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, nftables.TypeMark
-	case closed, local:
+	case closed, guarded, local:
 		s.KeyType = concat(port...)
 	case affinity:
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{f.addrType}, port...)...), true, nftables.TypeMark
 		s.Dynamic, s.HasTimeout, s.Size = true, true, affinitySize
 	case hairpin:
 		s.KeyType = concat(f.addrType, f.addrType)
-	case cluster, pods, ranges:
+	case near:
+		s.KeyType, s.Concatenation = f.addrType, false
+	case cluster, pods, ranges, announced:
 		s.KeyType, s.Concatenation, s.Interval = f.addrType, false, true
 	}
 	return s

@@ -21,6 +21,15 @@ const (
 	replyTimeout = 10 * time.Second
 )
 
+const (
+	// setElemKeyEnd is NFTA_SET_ELEM_KEY_END of nf_tables.h.
+	setElemKeyEnd = 10
+	// nfDrop is NF_DROP of netfilter.h.
+	nfDrop = 0
+	// verdictDrop stands for a verdict instead of the name of a chain.
+	verdictDrop = "drop"
+)
+
 // errInterrupted: the tables changed while they were read. The rest of that answer
 // is skipped by its number.
 var errInterrupted = errors.New("the tables changed while they were read")
@@ -188,14 +197,14 @@ func (w *wire) element(e *element, value bool) {
 	w.attr(unix.NFTA_DATA_VALUE, e.key)
 	w.unnest(key)
 	switch {
+	case e.set == allowed:
+		last := w.nest(setElemKeyEnd)
+		w.attr(unix.NFTA_DATA_VALUE, e.val)
+		w.unnest(last)
 	case !value || e.val == "":
-	case e.set == services:
+	case e.set == services || e.set == split:
 		data := w.nest(unix.NFTA_SET_ELEM_DATA)
-		verdict := w.nest(unix.NFTA_DATA_VERDICT)
-		code := int32(unix.NFT_GOTO)
-		w.attr32(unix.NFTA_VERDICT_CODE, uint32(code))
-		w.attr(unix.NFTA_VERDICT_CHAIN, e.val+"\x00")
-		w.unnest(verdict)
+		w.verdict(e.val)
 		w.unnest(data)
 	default:
 		data := w.nest(unix.NFTA_SET_ELEM_DATA)
@@ -203,6 +212,19 @@ func (w *wire) element(e *element, value bool) {
 		w.unnest(data)
 	}
 	w.unnest(item)
+}
+
+// verdict writes where to go: a chain, or nowhere.
+func (w *wire) verdict(chain string) {
+	verdict := w.nest(unix.NFTA_DATA_VERDICT)
+	if chain == verdictDrop {
+		w.attr32(unix.NFTA_VERDICT_CODE, nfDrop)
+	} else {
+		code := int32(unix.NFT_GOTO)
+		w.attr32(unix.NFTA_VERDICT_CODE, uint32(code))
+		w.attr(unix.NFTA_VERDICT_CHAIN, chain+"\x00")
+	}
+	w.unnest(verdict)
 }
 
 // ruleTags returns the user data of the rules of each chain of a table, in order.
@@ -254,10 +276,12 @@ func decodeElement(id setID, item []byte) element {
 			e.end = len(v) == 4 && binary.BigEndian.Uint32(v)&unix.NFT_SET_ELEM_INTERVAL_END != 0
 		case unix.NFTA_SET_ELEM_KEY:
 			attributes(v, func(_ uint16, v []byte) { e.key = string(v) })
+		case setElemKeyEnd:
+			attributes(v, func(_ uint16, v []byte) { e.val = string(v) })
 		case unix.NFTA_SET_ELEM_DATA:
 			attributes(v, func(kind uint16, v []byte) {
 				if kind == unix.NFTA_DATA_VERDICT {
-					e.val = verdictChain(v)
+					e.val = verdictOf(v)
 				} else {
 					e.val = string(v)
 				}
@@ -267,11 +291,14 @@ func decodeElement(id setID, item []byte) element {
 	return e
 }
 
-// verdictChain takes the chain out of an encoded verdict.
-func verdictChain(b []byte) (chain string) {
+// verdictOf takes the chain, or verdictDrop, out of an encoded verdict.
+func verdictOf(b []byte) (chain string) {
 	attributes(b, func(kind uint16, v []byte) {
-		if kind == unix.NFTA_VERDICT_CHAIN {
+		switch {
+		case kind == unix.NFTA_VERDICT_CHAIN:
 			chain = string(bytes.TrimRight(v, "\x00"))
+		case kind == unix.NFTA_VERDICT_CODE && len(v) == 4 && binary.BigEndian.Uint32(v) == nfDrop:
+			chain = verdictDrop
 		}
 	})
 	return chain

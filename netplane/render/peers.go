@@ -39,13 +39,7 @@ func Peers(d Desired) (self Peer, others []Peer) {
 }
 
 func peerOf(n *corev1.Node) Peer {
-	p := Peer{Node: n.Name}
-	for _, a := range n.Status.Addresses {
-		addr, err := netip.ParseAddr(a.Address)
-		if a.Type == corev1.NodeInternalIP && err == nil && addr.Zone() == "" {
-			p.Addrs = append(p.Addrs, addr.Unmap())
-		}
-	}
+	p := Peer{Node: n.Name, Addrs: addresses(n, corev1.NodeInternalIP)}
 	var pods []netip.Prefix
 	for _, text := range n.Spec.PodCIDRs {
 		if cidr, err := netip.ParsePrefix(text); err == nil {
@@ -54,4 +48,17 @@ func peerOf(n *corev1.Node) Peer {
 	}
 	p.Pods = prefixes(pods)
 	return p
+}
+
+// addresses are a node's addresses of some kinds, in the order in which its agent names
+// them.
+func addresses(n *corev1.Node, kinds ...corev1.NodeAddressType) []netip.Addr {
+	var out []netip.Addr
+	for _, a := range n.Status.Addresses {
+		addr, err := netip.ParseAddr(a.Address)
+		if slices.Contains(kinds, a.Type) && err == nil && addr.Zone() == "" && !slices.Contains(out, addr.Unmap()) {
+			out = append(out, addr.Unmap())
+		}
+	}
+	return out
 }

@@ -1,6 +1,8 @@
 package render
 
 import (
+	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -20,33 +22,83 @@ const DNSPort = 53
 // name identifies a service.
 type name struct{ namespace, name string }
 
+// The claims to a port, the strongest first. Who may write services must not be able to
+// take the traffic of another service by naming its address as an external one.
+const (
+	clusterClaim = iota
+	nodeClaim
+	balancerClaim
+	externalClaim
+	numClaims
+)
+
+// renderer is what the services of one table share, and what they come to.
+type renderer struct {
+	node, zone string
+	own        []netip.Addr // addresses of this node, for node ports
+	table      Table
+	near       map[netip.Addr]bool
+	claims     [numClaims][]Service
+	found      []candidate // scratch
+}
+
 // Render returns the table that d asks for. Objects that cannot be used (an
 // address that does not parse, a port out of range) are left out: validation is
-// done where objects enter the cluster. When two services claim one port, the one
-// first by namespace and name has it.
+// done where objects enter the cluster. When two services claim one port, a cluster
+// address wins over a node port, that over a load balancer's address, and that over an
+// external IP; then the one first by namespace and name has it.
 func Render(d Desired) Table {
-	t := Table{
-		Range:   prefixes(d.ServiceCIDR),
-		Cluster: prefixes(d.ClusterCIDR),
-		Pods:    prefixes(d.PodCIDRs),
-	}
-	if d.DNS.IsValid() {
-		t.Local = []Port{{d.DNS.Unmap(), TCP, DNSPort}, {d.DNS.Unmap(), UDP, DNSPort}}
-	}
+	r := newRenderer(d)
 	bySvc := slicesByService(d.Slices)
 	services := slices.Clone(d.Services)
 	slices.SortStableFunc(services, func(a, b *corev1.Service) int {
-		if c := strings.Compare(a.Namespace, b.Namespace); c != 0 {
+		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
+	})
+	r.claims[clusterClaim] = make([]Service, 0, len(services)) // at least, as most have one port
+	for _, svc := range services {
+		r.add(svc, bySvc[name{svc.Namespace, svc.Name}])
+	}
+	r.table.Services = settle(append(r.claims[clusterClaim], slices.Concat(r.claims[clusterClaim+1:]...)...))
+	r.table.Near = slices.SortedFunc(maps.Keys(r.near), netip.Addr.Compare)
+	return r.table
+}
+
+// settle orders claims by port, and keeps the first one of each port.
+func settle(claims []Service) []Service {
+	order := make([]int32, len(claims)) // claims are too large to be moved about
+	for i := range order {
+		order[i] = int32(i)
+	}
+	slices.SortFunc(order, func(i, j int32) int {
+		if c := claims[i].Compare(claims[j].Port); c != 0 {
 			return c
 		}
-		return strings.Compare(a.Name, b.Name)
+		return cmp.Compare(i, j)
 	})
-	for _, svc := range services {
-		t.Services = appendService(t.Services, svc, bySvc[name{svc.Namespace, svc.Name}], d.Node)
+	out := make([]Service, 0, len(claims))
+	for _, i := range order {
+		if n := len(out); n == 0 || out[n-1].Port != claims[i].Port {
+			out = append(out, claims[i])
+		}
 	}
-	slices.SortStableFunc(t.Services, func(a, b Service) int { return a.Compare(b.Port) })
-	t.Services = slices.CompactFunc(t.Services, func(a, b Service) bool { return a.Port == b.Port })
-	return t
+	return out
+}
+
+func newRenderer(d Desired) *renderer {
+	r := &renderer{node: d.Node, near: map[netip.Addr]bool{}, table: Table{
+		Range:     prefixes(d.ServiceCIDR),
+		Announced: prefixes(d.Announced),
+		Cluster:   prefixes(d.ClusterCIDR),
+		Pods:      prefixes(d.PodCIDRs),
+	}}
+	if d.DNS.IsValid() {
+		r.table.Local = []Port{{d.DNS.Unmap(), TCP, DNSPort}, {d.DNS.Unmap(), UDP, DNSPort}}
+	}
+	if i := slices.IndexFunc(d.Nodes, func(n *corev1.Node) bool { return n.Name == d.Node }); i >= 0 {
+		r.zone = d.Nodes[i].Labels[corev1.LabelTopologyZone]
+		r.own = addresses(d.Nodes[i], corev1.NodeInternalIP, corev1.NodeExternalIP)
+	}
+	return r
 }
 
 // prefixes returns ps masked, ordered, and without those inside another.
@@ -83,27 +135,106 @@ func slicesByService(all []*discoveryv1.EndpointSlice) map[name][]*discoveryv1.E
 	return out
 }
 
-// appendService adds one entry per cluster address and port of svc.
-func appendService(out []Service, svc *corev1.Service, eps []*discoveryv1.EndpointSlice, node string) []Service {
+// add claims a port of every address of svc, in the families that it has cluster
+// addresses of. A headless service has nothing for a kernel to do.
+func (r *renderer) add(svc *corev1.Service, eps []*discoveryv1.EndpointSlice) {
 	if svc.Spec.Type == corev1.ServiceTypeExternalName {
-		return out
+		return
 	}
-	local := ""
-	if p := svc.Spec.InternalTrafficPolicy; p != nil && *p == corev1.ServiceInternalTrafficPolicyLocal {
-		local = node
-	}
-	for _, addr := range ClusterIPs(svc) {
+	ips := ClusterIPs(svc)
+	for _, v4 := range []bool{true, false} {
+		if !slices.ContainsFunc(ips, func(a netip.Addr) bool { return a.Is4() == v4 }) {
+			continue
+		}
 		for i := range svc.Spec.Ports {
 			p := &svc.Spec.Ports[i]
-			proto, ok := protocol(p.Protocol)
-			if !ok || p.Port < 1 || p.Port > 65535 {
-				continue
+			if proto, ok := protocol(p.Protocol); ok && p.Port >= 1 && p.Port <= 65535 {
+				r.addPort(svc, p, Port{Proto: proto, Port: uint16(p.Port)}, ips, r.reachable(svc, eps, v4, p.Name, proto))
 			}
-			out = append(out, Service{
-				Port:      Port{Addr: addr, Proto: proto, Port: uint16(p.Port)},
-				Endpoints: endpoints(eps, addr.Is4(), p.Name, proto, local),
-				Affinity:  affinity(svc),
-			})
+		}
+	}
+}
+
+// addPort claims one port of svc in the family of r.found; at is without an address.
+func (r *renderer) addPort(svc *corev1.Service, p *corev1.ServicePort, at Port, ips []netip.Addr, eps reachable) {
+	local := svc.Spec.InternalTrafficPolicy != nil && *svc.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal
+	cluster := eps.internal(local, affinity(svc))
+	r.claim(clusterClaim, cluster, at, ips, eps.v4)
+	external := eps.external(svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal, affinity(svc))
+	balanced := svc.Spec.Type == corev1.ServiceTypeLoadBalancer
+	if balanced {
+		r.claim(balancerClaim, guarded(external, svc.Spec.LoadBalancerSourceRanges, eps.v4), at, r.outer(ingress(svc)), eps.v4)
+	}
+	r.claim(externalClaim, external, at, r.outer(svc.Spec.ExternalIPs), eps.v4)
+	if (balanced || svc.Spec.Type == corev1.ServiceTypeNodePort) && p.NodePort >= 1 && p.NodePort <= 65535 {
+		at.Port = uint16(p.NodePort)
+		r.claim(nodeClaim, external, at, r.own, eps.v4)
+	}
+}
+
+// claim makes s an entry for those of addrs that are of the family.
+func (r *renderer) claim(kind int, s Service, at Port, addrs []netip.Addr, v4 bool) {
+	claimed := false
+	for _, a := range addrs {
+		if a.Is4() == v4 {
+			s.Port = Port{Addr: a, Proto: at.Proto, Port: at.Port}
+			r.claims[kind], claimed = append(r.claims[kind], s), true
+		}
+	}
+	if claimed {
+		r.note(s.Endpoints)
+		r.note(s.Outside)
+	}
+}
+
+// guarded is s for the clients in sources, of all that it may name. Sources of the other
+// family only, or that make no sense, leave nobody to serve.
+func guarded(s Service, sources []string, v4 bool) Service {
+	if len(sources) == 0 || len(s.Endpoints) == 0 {
+		return s
+	}
+	var ps []netip.Prefix
+	for _, text := range sources {
+		if p, err := netip.ParsePrefix(strings.TrimSpace(text)); err == nil && p.Addr().Is4() == v4 {
+			ps = append(ps, p)
+		}
+	}
+	switch ps = prefixes(ps); {
+	case len(ps) == 0:
+		return Service{Drop: true}
+	case ps[0].Bits() > 0: // or else it is everybody
+		s.Sources = ps
+	}
+	return s
+}
+
+// ingress are the addresses at which a load balancer hands on packets as they came; one
+// that is a proxy is reached like any other host.
+func ingress(svc *corev1.Service) []string {
+	var out []string
+	for i := range svc.Status.LoadBalancer.Ingress {
+		in := &svc.Status.LoadBalancer.Ingress[i]
+		if in.IP != "" && (in.IPMode == nil || *in.IPMode == corev1.LoadBalancerIPModeVIP) {
+			out = append(out, in.IP)
+		}
+	}
+	return out
+}
+
+// outer parses addresses from outside the cluster. The cluster's own are not for services
+// to claim, nor are those that mean another host on every link.
+func (r *renderer) outer(texts []string) []netip.Addr {
+	var out []netip.Addr
+	for _, text := range texts {
+		a, err := netip.ParseAddr(text)
+		if err != nil || a.Zone() != "" {
+			continue
+		}
+		a = a.Unmap()
+		within := func(p netip.Prefix) bool { return p.Contains(a) }
+		if !a.IsUnspecified() && !a.IsLoopback() && !a.IsMulticast() && !a.IsLinkLocalUnicast() && !slices.Contains(out, a) &&
+			!slices.ContainsFunc(r.table.Range, within) && !slices.ContainsFunc(r.table.Cluster, within) {
+			out = append(out, a)
 		}
 	}
 	return out
@@ -144,76 +275,6 @@ func affinity(svc *corev1.Service) time.Duration {
 		return time.Duration(*c.ClientIP.TimeoutSeconds) * time.Second
 	}
 	return defaultAffinity
-}
-
-// endpoints returns the ready endpoints of one service port, or, when none is
-// ready, those that still serve while they terminate (KEP-1669). node, when set,
-// keeps the endpoints of that node only.
-func endpoints(eps []*discoveryv1.EndpointSlice, v4 bool, port string, proto Proto, node string) []netip.AddrPort {
-	var ready, serving []netip.AddrPort
-	for _, s := range eps {
-		if (s.AddressType == discoveryv1.AddressTypeIPv4) != v4 || s.AddressType == discoveryv1.AddressTypeFQDN {
-			continue
-		}
-		number, ok := slicePort(s, port, proto)
-		if !ok {
-			continue
-		}
-		for i := range s.Endpoints {
-			ep := &s.Endpoints[i]
-			if node != "" && (ep.NodeName == nil || *ep.NodeName != node) {
-				continue
-			}
-			switch c := ep.Conditions; {
-			case c.Ready == nil || *c.Ready:
-				ready = appendAddrs(ready, ep.Addresses, v4, number)
-			case c.Serving != nil && *c.Serving && c.Terminating != nil && *c.Terminating:
-				serving = appendAddrs(serving, ep.Addresses, v4, number)
-			}
-		}
-	}
-	if len(ready) == 0 {
-		ready = serving
-	}
-	slices.SortFunc(ready, netip.AddrPort.Compare)
-	return slices.Compact(ready)
-}
-
-// appendAddrs adds the first address of an endpoint: the others are defined to be
-// the same endpoint (discovery/v1).
-func appendAddrs(out []netip.AddrPort, addrs []string, v4 bool, port uint16) []netip.AddrPort {
-	if len(addrs) == 0 {
-		return out
-	}
-	a, err := netip.ParseAddr(addrs[0])
-	if err != nil || a.Zone() != "" {
-		return out
-	}
-	if a = a.Unmap(); a.Is4() != v4 {
-		return out
-	}
-	return append(out, netip.AddrPortFrom(a, port))
-}
-
-func slicePort(s *discoveryv1.EndpointSlice, port string, proto Proto) (uint16, bool) {
-	for i := range s.Ports {
-		p := &s.Ports[i]
-		if p.Port == nil || *p.Port < 1 || *p.Port > 65535 {
-			continue
-		}
-		var pn string
-		if p.Name != nil {
-			pn = *p.Name
-		}
-		pp := TCP
-		if p.Protocol != nil {
-			pp, _ = protocol(*p.Protocol)
-		}
-		if pn == port && pp == proto {
-			return uint16(*p.Port), true
-		}
-	}
-	return 0, false
 }
 
 // Targets returns the pods that d means to send new connections to: those behind

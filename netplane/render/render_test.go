@@ -1,6 +1,7 @@
 package render
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -18,7 +19,8 @@ func svc(name string, spec corev1.ServiceSpec) *corev1.Service {
 	return &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "d", Name: name}, Spec: spec}
 }
 
-// ep is an endpoint: address, then any of notready, serving, terminating, @node.
+// ep is an endpoint: address, then any of notready, serving, notserving, terminating,
+// @node, %zone, and hint@node and hint%zone.
 func ep(words string) discoveryv1.Endpoint {
 	f := strings.Fields(words)
 	e := discoveryv1.Endpoint{Addresses: []string{f[0]}}
@@ -28,10 +30,20 @@ func ep(words string) discoveryv1.Endpoint {
 			e.Conditions.Ready = ptr(false)
 		case w == "serving":
 			e.Conditions.Serving = ptr(true)
+		case w == "notserving":
+			e.Conditions.Serving = ptr(false)
 		case w == "terminating":
 			e.Conditions.Terminating = ptr(true)
 		case w[0] == '@':
 			e.NodeName = ptr(w[1:])
+		case w[0] == '%':
+			e.Zone = ptr(w[1:])
+		case strings.HasPrefix(w, "hint@"):
+			e.Hints = cmp.Or(e.Hints, &discoveryv1.EndpointHints{})
+			e.Hints.ForNodes = append(e.Hints.ForNodes, discoveryv1.ForNode{Name: w[5:]})
+		case strings.HasPrefix(w, "hint%"):
+			e.Hints = cmp.Or(e.Hints, &discoveryv1.EndpointHints{})
+			e.Hints.ForZones = append(e.Hints.ForZones, discoveryv1.ForZone{Name: w[5:]})
 		}
 	}
 	return e
@@ -53,6 +65,15 @@ func text(t Table) string {
 	var b strings.Builder
 	for _, s := range t.Services {
 		fmt.Fprintf(&b, "%s -> %v", s.Port, s.Endpoints)
+		if s.Split {
+			fmt.Fprintf(&b, " outside %v", s.Outside)
+		}
+		if s.Drop {
+			b.WriteString(" drop")
+		}
+		if len(s.Sources) > 0 {
+			fmt.Fprintf(&b, " from %v", s.Sources)
+		}
 		if s.Affinity > 0 {
 			fmt.Fprintf(&b, " %s", s.Affinity)
 		}
@@ -75,7 +96,7 @@ func TestRender(t *testing.T) {
 			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.3", "10.98.0.2", "10.98.0.4 notready", "10.98.0.5 notready serving terminating")},
 			"tcp 10.97.0.1:80 -> [10.98.0.2:8080 10.98.0.3:8080]\n"},
 		{"terminating only", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port},
-			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.4 notready", "10.98.0.5 notready serving terminating", "10.98.0.6 notready terminating", "10.98.0.7 notready serving")},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.4 notready", "10.98.0.5 notready serving terminating", "10.98.0.6 notready notserving terminating", "10.98.0.7 notready serving")},
 			"tcp 10.97.0.1:80 -> [10.98.0.5:8080]\n"},
 		{"none", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port}, nil, "tcp 10.97.0.1:80 -> []\n"},
 		{"merged", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port},
@@ -94,9 +115,12 @@ func TestRender(t *testing.T) {
 		{"protocols", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: []corev1.ServicePort{{Name: "s", Port: 3, Protocol: "SCTP"}, {Name: "u", Port: 2, Protocol: "UDP"}, {Name: "p", Port: 1}}},
 			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.2")},
 			"tcp 10.97.0.1:1 -> [10.98.0.2:8080]\nudp 10.97.0.1:2 -> []\nsctp 10.97.0.1:3 -> []\n"},
-		{"affinity", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port, SessionAffinity: corev1.ServiceAffinityClientIP}, nil, "tcp 10.97.0.1:80 -> [] 3h0m0s\n"},
+		{"affinity", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port, SessionAffinity: corev1.ServiceAffinityClientIP},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.2")}, "tcp 10.97.0.1:80 -> [10.98.0.2:8080] 3h0m0s\n"},
+		{"affinity to nothing", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port, SessionAffinity: corev1.ServiceAffinityClientIP}, nil, "tcp 10.97.0.1:80 -> []\n"},
 		{"affinity timeout", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port, SessionAffinity: corev1.ServiceAffinityClientIP,
-			SessionAffinityConfig: &corev1.SessionAffinityConfig{ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: ptr(int32(60))}}}, nil, "tcp 10.97.0.1:80 -> [] 1m0s\n"},
+			SessionAffinityConfig: &corev1.SessionAffinityConfig{ClientIP: &corev1.ClientIPConfig{TimeoutSeconds: ptr(int32(60))}}},
+			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.2")}, "tcp 10.97.0.1:80 -> [10.98.0.2:8080] 1m0s\n"},
 		{"local", corev1.ServiceSpec{ClusterIP: "10.97.0.1", Ports: port, InternalTrafficPolicy: &local},
 			[]*discoveryv1.EndpointSlice{slice("s", v4, 8080, "10.98.0.2 @n1", "10.98.1.2 @n2", "10.98.2.2")},
 			"tcp 10.97.0.1:80 -> [10.98.0.2:8080]\n"},
@@ -126,8 +150,9 @@ func TestSettings(t *testing.T) {
 		DNS:         netip.MustParseAddr("10.97.0.10"),
 		ServiceCIDR: []netip.Prefix{p("10.97.3.4/16"), p("10.97.1.0/24"), p("10.97.0.0/16"), {}},
 		ClusterCIDR: []netip.Prefix{p("fd98::/48"), p("10.98.0.0/16")},
+		Announced:   []netip.Prefix{p("203.0.113.9/28")},
 	})
-	if fmt.Sprint(got.Range, got.Cluster, got.Local) != "[10.97.0.0/16] [10.98.0.0/16 fd98::/48] [tcp 10.97.0.10:53 udp 10.97.0.10:53]" {
+	if fmt.Sprint(got.Range, got.Cluster, got.Announced, got.Local) != "[10.97.0.0/16] [10.98.0.0/16 fd98::/48] [203.0.113.0/28] [tcp 10.97.0.10:53 udp 10.97.0.10:53]" {
 		t.Error(got.Range, got.Cluster, got.Local)
 	}
 }

@@ -1,81 +1,20 @@
-package simnet
+package simnet_test
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"testing"
 	"time"
 
-	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/netplanetest"
 	"decree.dev/decree/netplane/render"
 )
 
-// world is a Kernel with the suite's hosts.
-type world struct{ k *Kernel }
-
-func (w world) Services() (netplane.Services, error) { return w.k, nil }
-
-func (w world) Send(from netplanetest.Host, proto render.Proto, to netip.AddrPort) (netplanetest.Verdict, error) {
-	for _, n := range netplanetest.Nets {
-		if n.Addr[from].Is4() != to.Addr().Is4() {
-			continue
-		}
-		src := n.Addr[from]
-		if from == netplanetest.Node && n.Range.Contains(to.Addr()) {
-			src = to.Addr() // service addresses are local to a node
-		}
-		v, err := w.k.Send(src, render.Port{Addr: to.Addr(), Proto: proto, Port: to.Port()})
-		return netplanetest.Verdict{To: v.To, From: v.From, Rejected: v.Rejected, Dropped: v.Dropped}, err
-	}
-	return netplanetest.Verdict{}, fmt.Errorf("no family for %s", to)
-}
-
-func (w world) Tamper(p render.Port) error {
-	w.k.Tamper(func(t *render.Table) {
-		svc, _ := t.Find(p)
-		svc.Endpoints = svc.Endpoints[:len(svc.Endpoints)-1]
-	})
-	return nil
-}
-
-func (w world) Break() error {
-	w.k.Tamper(func(t *render.Table) { t.Range = nil })
-	return nil
-}
-
-func (w world) Leftovers() (string, error) {
-	if w.k.Made() {
-		return "a table", nil
-	}
-	return "", nil
-}
-
-func newKernel(now func() time.Time) *Kernel {
-	var node []Address
-	for _, n := range netplanetest.Nets {
-		node = append(node, Address{n.Addr[netplanetest.Node], n.Cluster})
-	}
-	for _, n := range netplanetest.Nets {
-		node = append(node, Address{n.Uplink, netip.PrefixFrom(n.Uplink, 0).Masked()})
-	}
-	k := New(1, now, node...)
-	for _, n := range netplanetest.Nets {
-		for h, a := range n.Addr {
-			if h != netplanetest.Node {
-				k.AddHost(a)
-			}
-		}
-	}
-	return k
-}
-
-func TestConformance(t *testing.T) { netplanetest.Run(t, world{newKernel(time.Now)}) }
+func TestConformance(t *testing.T) { netplanetest.Run(t, netplanetest.NewModel(1, time.Now)) }
 
 func TestAffinityEnds(t *testing.T) {
 	now := time.Unix(0, 0)
-	k := newKernel(func() time.Time { return now })
+	k := netplanetest.NewModel(1, func() time.Time { return now }).Kernel
 	n := netplanetest.Nets[0]
 	svc := render.Service{
 		Port:      render.Port{Addr: n.Service(1), Proto: render.TCP, Port: 80},
