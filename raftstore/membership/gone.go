@@ -3,6 +3,7 @@ package membership
 import (
 	"errors"
 	"net"
+	"os"
 	"slices"
 	"time"
 
@@ -46,13 +47,37 @@ func (k *Keeper) ConnectionEnded(who peer.Identity) {
 	}()
 }
 
-// refuses reports whether the machine at address says that nobody listens there.
+const (
+	// linger is how long a connection to a server has to hold for its process to count
+	// as alive, tries how many may break off before.
+	linger = time.Second
+	tries  = 5
+)
+
+// refuses reports whether the machine at address says that nobody listens there. A
+// process that ends closes its connections before its port: whoever learns of the end
+// by the first still reaches the second, and is cut off with it. So only a connection
+// that holds is an answer.
 func refuses(address string) bool {
-	conn, err := net.DialTimeout("tcp", address, patience)
-	if err == nil {
-		conn.Close()
+	for range tries {
+		conn, err := net.DialTimeout("tcp", address, patience)
+		if err != nil {
+			return errors.Is(err, unix.ECONNREFUSED)
+		}
+		if holds(conn) {
+			return false
+		}
 	}
-	return errors.Is(err, unix.ECONNREFUSED)
+	return false
+}
+
+// holds waits for the other end to break off a connection, and closes it. A server says
+// nothing before it is spoken to.
+func holds(conn net.Conn) bool {
+	defer conn.Close()
+	_ = conn.SetReadDeadline(time.Now().Add(linger)) // a connection that has ended shows it when it is read
+	_, err := conn.Read(make([]byte, 1))
+	return err == nil || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // stand makes this server stand for election in place of the leader id, when it is its
