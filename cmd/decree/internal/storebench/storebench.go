@@ -53,11 +53,19 @@ const (
 // changes makes every value another one: an unchanged object would be no change.
 var changes atomic.Int64
 
-// newValue returns a value of so many bytes that there was not before.
+// newValue returns a value of so many bytes that there was not before. It is text made
+// of random bits: whoever compresses gets little out of it.
 func newValue(size int) string {
-	n := strconv.FormatInt(changes.Add(1), 36)
-	return n + strings.Repeat("x", max(0, size-len(n)))
+	b := make([]byte, 0, size+8)
+	for b = strconv.AppendInt(b, changes.Add(1), 36); len(b) < size; {
+		for bits := rand.Uint64() | 1<<63; bits > 15 && len(b) < size; bits >>= 6 {
+			b = append(b, base64Digits[bits&63])
+		}
+	}
+	return string(b)
 }
+
+const base64Digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 // Sample is what one measurement of one store gave.
 type Sample struct {

@@ -1,8 +1,11 @@
 package storebench
 
 import (
+	"bytes"
+	"compress/flate"
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"testing"
 	"time"
@@ -28,6 +31,19 @@ func TestNewValue(t *testing.T) {
 	a, b := newValue(valueSize), newValue(valueSize)
 	if len(a) != valueSize || len(b) != valueSize || a == b {
 		t.Errorf("%d and %d bytes, the same: %v", len(a), len(b), a == b)
+	}
+	var packed bytes.Buffer
+	w, err := flate.NewWriter(&packed, flate.BestCompression)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const n = 1000
+	for range n {
+		fmt.Fprint(w, newValue(largeSize))
+	}
+	w.Close()
+	if packed.Len() < n*largeSize*7/10 { // 6 bits of 8 are random
+		t.Errorf("%d bytes are %d when compressed", n*largeSize, packed.Len())
 	}
 }
 
