@@ -38,15 +38,17 @@ func (k *Keeper) ConnectionEnded(who peer.Identity) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.probing {
+	if k.probing == id {
 		return
 	}
-	k.probing = true
+	k.probing = id
 	go func() {
 		defer func() {
 			k.mu.Lock()
 			defer k.mu.Unlock()
-			k.probing = false
+			if k.probing == id {
+				k.probing = ""
+			}
 		}()
 		if refuses(address) {
 			k.stand(id)

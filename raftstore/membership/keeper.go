@@ -47,7 +47,7 @@ type Keeper struct {
 
 	mu      sync.Mutex
 	seen    map[string]*contact // by id; in the leader's memory only
-	probing bool                // whether the leader's process has ended is being found out
+	probing string              // the leader of whom it is being found out whether its process has ended
 }
 
 // contact is what was seen of a server.
