@@ -136,7 +136,10 @@ func (k *Keeper) ask(ctx context.Context) map[string]answer {
 	self := k.Self().ID
 	for _, m := range k.Store.Members() {
 		if m.ID == self {
-			answers[m.ID] = answer{status: k.status()}
+			mine := answer{status: k.status()}
+			mu.Lock() // the others may answer already
+			answers[m.ID] = mine
+			mu.Unlock()
 			continue
 		}
 		calls.Go(func() {
