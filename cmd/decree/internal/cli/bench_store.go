@@ -25,10 +25,11 @@ throughout.
 
 Elections are counted over six times --duration, while every core is busy with something
 else and 64 callers put: there is no reason for any. A killed leader is started again
-before the next is killed; the write goes to one server after the other, Decree's API
-waits for a leader, etcd has 250 ms before the next member is asked. Memory is that of
-the largest server, with objects of 1 kB, after 15 s of rest. A snapshot is restored when
-a server that was started from it has answered a read; for etcd this needs etcdctl.`,
+and has caught up before the next is killed; the write goes to one server after the
+other, Decree's API waits for a leader, etcd has 250 ms before the next member is asked.
+Memory is that of the largest server, with objects of 1 kB, after 15 s of rest. A
+snapshot is restored when a server that was started from it has answered a read; for etcd
+this needs etcdctl.`,
 		Args: cobra.NoArgs, Example: "  decree bench store --only put\n  decree bench store --only killed --kills 100\n  decree bench store --only elections\n  decree bench store --only objects # memory and snapshots",
 		RunE: func(c *cobra.Command, _ []string) error {
 			if err := checkOutput(*output, "json"); err != nil {

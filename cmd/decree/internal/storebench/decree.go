@@ -159,14 +159,15 @@ func newToken(ctx context.Context, c *client.Client) (string, error) {
 	return t.Token, err
 }
 
-// settle waits until three servers vote, and notes who leads.
+// settle waits until three servers vote and have applied what the leader has, and notes
+// who leads.
 func (d *decree) settle(ctx context.Context) error {
 	deadline := time.Now().Add(60 * time.Second)
 	for {
 		rows, err := d.members(ctx)
 		voters := 0
 		for _, r := range rows {
-			if r.State == "healthy" && (r.Role == "voter" || r.Role == "leader") {
+			if r.State == "healthy" && r.Behind == 0 && (r.Role == "voter" || r.Role == "leader") {
 				voters++
 			}
 		}
