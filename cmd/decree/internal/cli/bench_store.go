@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -54,13 +55,13 @@ this needs etcdctl.`,
 				}
 				fmt.Fprintf(e.Out, "%-45s %-7s%s\n", s.What, s.Store, inColumns(s))
 			}
-			if err := storebench.Run(c.Context(), cfg); err != nil {
-				return fmt.Errorf("bench store: %w", err)
+			if err = storebench.Run(c.Context(), cfg); err != nil {
+				err = fmt.Errorf("bench store: %w", err)
 			}
-			if *output == "json" {
-				return e.writeJSON(samples)
+			if *output == "json" { // what was measured before an error too
+				err = errors.Join(err, e.writeJSON(samples))
 			}
-			return nil
+			return err
 		},
 	}
 	f := c.Flags()
