@@ -68,7 +68,7 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 		}
 	}
 	s.known = true
-	return n, s.guard.Forget(w.ops, want.Range)
+	return n, s.guard.Forget(w.ops, &want)
 }
 
 // holding is what IPVS holds of a service that is known, for all and for clients from
@@ -244,7 +244,7 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 		return n, err
 	}
 	s.have, s.known = want, true
-	return n, s.guard.Forget(w.ops, want.Range)
+	return n, s.guard.Forget(w.ops, &want)
 }
 
 // compare plans for every service that there is or shall be, and returns how many

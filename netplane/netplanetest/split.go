@@ -1,6 +1,7 @@
 package netplanetest
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"testing"
@@ -29,6 +30,45 @@ func (s *suite) udpBefore(t *testing.T) {
 	s.sync(t, s.table(svc))
 	if v, err := send(); err != nil || v.To != svc.Endpoints[0] {
 		t.Errorf("with the service: %+v, %v", v, err)
+	}
+}
+
+// udpSplit: a client that keeps sending from one port is led by the policy of the day.
+func (s *suite) udpSplit(t *testing.T) {
+	w, ok := s.w.(UDPFlow)
+	if !ok {
+		return // as in udpFlow
+	}
+	all := s.n.Endpoints(UDPPort, Pods...)
+	svc := render.Service{Port: render.Port{Addr: s.n.Balanced(4), Proto: render.UDP, Port: 53}, Endpoints: all[:2]}
+	s.sync(t, s.table(svc))
+	sends := map[Host]func() (Verdict, error){}
+	for _, from := range []Host{Outside, Pod3} {
+		send, stop, err := w.Flow(from, netip.AddrPortFrom(svc.Addr, svc.Port.Port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		sends[from] = send
+	}
+	for _, step := range []struct {
+		change func()
+		end    map[Host][]netip.AddrPort // none: dropped
+	}{
+		{func() {}, map[Host][]netip.AddrPort{Outside: all[:2], Pod3: all[:2]}},
+		{func() { svc.Split, svc.Outside = true, all[2:] }, map[Host][]netip.AddrPort{Outside: all[2:], Pod3: all[:2]}},
+		{func() { svc.Sources = []netip.Prefix{s.n.Cluster} }, map[Host][]netip.AddrPort{Pod3: all[:2], Outside: nil}},
+		{func() { svc.Split, svc.Outside, svc.Sources = false, nil, nil }, map[Host][]netip.AddrPort{Outside: all[:2], Pod3: all[:2]}},
+		{func() { svc.Endpoints = all[1:2] }, map[Host][]netip.AddrPort{Outside: all[1:2], Pod3: all[1:2]}},
+	} {
+		step.change()
+		s.sync(t, s.table(svc))
+		for from, end := range step.end {
+			v, err := sends[from]()
+			if err != nil || v.Dropped != (len(end) == 0) || !v.Dropped && !slices.Contains(end, v.To) {
+				t.Errorf("from %s to %+v: %+v, %v; want one of %v", from, svc, v, err, end)
+			}
+		}
 	}
 }
 
@@ -68,11 +108,25 @@ func (s *suite) split(t *testing.T) {
 				if got := s.send(t, c.from, v.svc.Port); !got.Dropped {
 					t.Errorf("from %s to %+v: %+v, want dropped", c.from, v.svc, got)
 				}
-			} else if got := s.reached(t, c.from, v.svc.Port, 60); len(got) != c.want {
+			} else if got := s.spread(t, c.from, v.svc.Port, c.want); len(got) != c.want {
 				t.Errorf("from %s to %+v: %v, want %d", c.from, v.svc, got, c.want)
 			}
 		}
 	}
+}
+
+// spread sends until packets have come to n endpoints, and a few times more; it gives up
+// when one of three would have been missed once in ten billion times.
+func (s *suite) spread(t *testing.T, from Host, p render.Port, n int) map[netip.AddrPort]int {
+	t.Helper()
+	got := map[netip.AddrPort]int{}
+	for left, tries := 5, 60; left > 0 && tries > 0; tries-- {
+		maps.Copy(got, s.reached(t, from, p, 1))
+		if len(got) >= n {
+			left--
+		}
+	}
+	return got
 }
 
 // affinitySplit: clients stay where they are only as long as they may be led there.

@@ -37,6 +37,7 @@ func RunFamily(t *testing.T, w World, n Net) {
 		{"udp", s.udp},
 		{"udpFlow", s.udpFlow},
 		{"udpBefore", s.udpBefore},
+		{"udpSplit", s.udpSplit},
 		{"affinity", s.affinity},
 		{"affinitySplit", s.affinitySplit},
 		{"split", s.split},

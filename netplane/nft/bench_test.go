@@ -79,6 +79,54 @@ func BenchmarkOneChange(b *testing.B) {
 	}
 }
 
+// BenchmarkSources: what source ranges cost, where 1,000 services have ten each: all of them
+// at once, one that changes, and a service without that does.
+func BenchmarkSources(b *testing.B) {
+	sources := func(n, from int) (out []netip.Prefix) {
+		for i := range n {
+			out = append(out, netip.PrefixFrom(netip.AddrFrom4([4]byte{198, 18, byte(from + i), 0}), 24))
+		}
+		return out
+	}
+	t := manyServices(2000)
+	for i := range 1000 {
+		t.Services[i].Sources = sources(10, i%20)
+	}
+	b.Run("cold", func(b *testing.B) {
+		s := open(b, netspacetest.Namespace(b, "node"))
+		for b.Loop() {
+			if _, err := s.Sync(b.Context(), t); err != nil {
+				b.Fatal(err)
+			}
+			b.StopTimer()
+			if err := s.Purge(b.Context()); err != nil {
+				b.Fatal(err)
+			}
+			b.StartTimer()
+		}
+	})
+	change := func(b *testing.B, change func(svc []render.Service, i int)) {
+		s := open(b, netspacetest.Namespace(b, "node"))
+		if _, err := s.Sync(b.Context(), t); err != nil {
+			b.Fatal(err)
+		}
+		for i := 0; b.Loop(); i++ {
+			u := t
+			u.Services = append([]render.Service(nil), t.Services...)
+			change(u.Services, i)
+			if _, err := s.Sync(b.Context(), u); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	b.Run("change", func(b *testing.B) {
+		change(b, func(svc []render.Service, i int) { svc[500].Sources = sources(10, i%40) })
+	})
+	b.Run("other", func(b *testing.B) {
+		change(b, func(svc []render.Service, i int) { svc[1500].Endpoints = svc[1500].Endpoints[:2+i%2] })
+	})
+}
+
 func BenchmarkReadBack(b *testing.B) {
 	s := open(b, netspacetest.Namespace(b, "node"))
 	if _, err := s.Sync(b.Context(), manyServices(30000)); err != nil {

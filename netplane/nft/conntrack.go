@@ -11,31 +11,65 @@ import (
 	"decree.dev/decree/netplane/render"
 )
 
-// stale are UDP services whose flows may lead where none leads any more, with the
-// endpoints that are still good. It implements netlink.CustomConntrackFilter.
-type stale map[render.Port]*render.Service
+// stale are UDP services whose flows may lead where they may not any more, as they are now.
+// It implements netlink.CustomConntrackFilter.
+type stale struct {
+	services map[render.Port]*render.Service
+	// inside is where clients are that are not from outside.
+	inside []netip.Prefix
+}
 
-// MatchConntrackFlow reports whether the flow goes to what is no endpoint of its service:
-// one that it lost, or the address itself, from a time at which no service was there.
-func (s stale) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+// MatchConntrackFlow reports whether the flow goes to what is no endpoint for its client: one
+// that the service lost, or the address itself, from a time at which no service was there;
+// or whether the client is not served any more.
+func (s *stale) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
 	dst, ok := netip.AddrFromSlice(flow.Forward.DstIP)
 	if !ok {
 		return false
 	}
-	svc := s[render.Port{Addr: dst.Unmap(), Proto: render.Proto(flow.Forward.Protocol), Port: flow.Forward.DstPort}]
+	svc := s.services[render.Port{Addr: dst.Unmap(), Proto: render.Proto(flow.Forward.Protocol), Port: flow.Forward.DstPort}]
 	if svc == nil {
 		return false
 	}
-	src, ok := netip.AddrFromSlice(flow.Reverse.SrcIP)
-	return ok && !svc.Leads(netip.AddrPortFrom(src.Unmap(), flow.Reverse.SrcPort))
+	client, ok1 := netip.AddrFromSlice(flow.Forward.SrcIP)
+	server, ok2 := netip.AddrFromSlice(flow.Reverse.SrcIP)
+	if !ok1 || !ok2 {
+		return false
+	}
+	client = client.Unmap()
+	if len(svc.Sources) > 0 && !within(svc.Sources, client) {
+		return true
+	}
+	return !among(led(svc, !within(s.inside, client)), netip.AddrPortFrom(server.Unmap(), flow.Reverse.SrcPort))
 }
 
-// forgetFlows deletes the kernel's memory of UDP flows that the changes ended: a client that
-// keeps sending from one port would stay there for ever. TCP connections end by themselves.
-func (s *Services) forgetFlows(ops []diff.Op, ranges []netip.Prefix) error {
+// among looks in a list that is in order.
+func among(eps []netip.AddrPort, ep netip.AddrPort) bool {
+	_, found := slices.BinarySearchFunc(eps, ep, netip.AddrPort.Compare)
+	return found
+}
+
+func within(ps []netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(ps, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// led is where clients of one kind are led. The node itself may count as outside here: its
+// flow is then found anew, and goes on.
+func led(svc *render.Service, fromOutside bool) []netip.AddrPort {
+	if svc.Split && fromOutside {
+		return svc.Outside
+	}
+	return svc.Endpoints
+}
+
+// forgetFlows deletes the kernel's memory of UDP flows that the changes to t ended: a client
+// that keeps sending from one port would stay there for ever. TCP connections end by
+// themselves.
+func (s *Services) forgetFlows(ops []diff.Op, t *render.Table) error {
 	s.unforgotten = append(s.unforgotten, ops...)
-	for f, st := range staleServices(s.unforgotten, ranges) {
-		if _, err := s.flows.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.conntrack), st); err != nil {
+	inside := slices.Concat(t.Cluster, t.Range) // what the node sends to the range comes from there
+	for f, services := range staleServices(s.unforgotten, t.Range) {
+		if _, err := s.flows.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.conntrack), &stale{services, inside}); err != nil {
 			return fmt.Errorf("forget UDP flows to removed endpoints: %w", err)
 		}
 	}
@@ -43,10 +77,10 @@ func (s *Services) forgetFlows(ops []diff.Op, ranges []netip.Prefix) error {
 	return nil
 }
 
-// staleServices are those that lost an endpoint, and those that came to an address that
-// others may have answered at. In ranges nobody does.
-func staleServices(ops []diff.Op, ranges []netip.Prefix) map[*family]stale {
-	out := map[*family]stale{}
+// staleServices are those that lead or serve less than they did, and those that came to an
+// address that others may have answered at. In ranges nobody does.
+func staleServices(ops []diff.Op, ranges []netip.Prefix) map[*family]map[render.Port]*render.Service {
+	out := map[*family]map[render.Port]*render.Service{}
 	for _, op := range ops {
 		p := op.Port()
 		if p.Proto != render.UDP {
@@ -57,9 +91,9 @@ func staleServices(ops []diff.Op, ranges []netip.Prefix) map[*family]stale {
 			now = &render.Service{Port: p}
 		}
 		f := familyOf(p.Addr)
-		if loses(op.Have, now) || out[f][p] != nil || comes(op) && !slices.ContainsFunc(ranges, func(r netip.Prefix) bool { return r.Contains(p.Addr) }) {
+		if out[f][p] != nil || loses(op.Have, now) || comes(op) && !within(ranges, p.Addr) {
 			if out[f] == nil {
-				out[f] = stale{}
+				out[f] = map[render.Port]*render.Service{}
 			}
 			out[f][p] = now
 		}
@@ -71,12 +105,13 @@ func loses(have, now *render.Service) bool {
 	if have == nil {
 		return false
 	}
-	for ep := range everyEndpoint(have) {
-		if !now.Leads(ep) {
+	for _, outside := range []bool{false, true} {
+		left := led(now, outside)
+		if slices.ContainsFunc(led(have, outside), func(ep netip.AddrPort) bool { return !among(left, ep) }) {
 			return true
 		}
 	}
-	return false
+	return len(now.Sources) > 0 && !slices.Equal(have.Sources, now.Sources)
 }
 
 // comes reports whether a service leads somewhere that did not before.

@@ -304,11 +304,9 @@ func (g *Guard) commit(ctx context.Context, f *family, dels, adds []element) err
 	return nil
 }
 
-// Forget deletes the kernel's memory of UDP flows to endpoints that services lost.
+// Forget deletes the kernel's memory of UDP flows to endpoints that services of t lost.
 // What it could not do is done by the next call.
-func (g *Guard) Forget(ops []diff.Op, ranges []netip.Prefix) error {
-	return g.s.forgetFlows(ops, ranges)
-}
+func (g *Guard) Forget(ops []diff.Op, t *render.Table) error { return g.s.forgetFlows(ops, t) }
 
 // Purge removes the tables.
 func (g *Guard) Purge(ctx context.Context) error { return g.s.Purge(ctx) }

@@ -222,7 +222,7 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 	}
 	s.have, s.known = want, true
 	s.collect(&want)
-	return n, s.forgetFlows(ops, want.Range)
+	return n, s.forgetFlows(ops, &want)
 }
 
 // differing returns the settings in which a and b differ, without those that are the same.
@@ -331,7 +331,7 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 	}
 	s.have, s.known = want, true
 	s.collect(&want)
-	return n, s.forgetFlows(ops, want.Range)
+	return n, s.forgetFlows(ops, &want)
 }
 
 // compare finds the changes of every service of f and of the rest, the operations

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"go.uber.org/goleak"
@@ -98,6 +99,36 @@ func TestConformance(t *testing.T) {
 // TestCompare: random packets end in the kernel as they do in memory.
 func TestCompare(t *testing.T) {
 	netplanetest.Compare(t, &kernel{netplanetest.NewLab(t), t})
+}
+
+// TestAffinityEnds: a client is remembered for as long as the service says. Time has to pass
+// in the kernel, hence the sleep.
+func TestAffinityEnds(t *testing.T) {
+	k := &kernel{netplanetest.NewLab(t), t}
+	s, err := k.Services()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := netplanetest.Nets[0]
+	svc := render.Service{
+		Port:      render.Port{Addr: n.Service(1), Proto: render.TCP, Port: 80},
+		Endpoints: n.Endpoints(netplanetest.TCPPort, netplanetest.Pods...), Affinity: time.Second,
+	}
+	if _, err := s.Sync(t.Context(), render.Table{Services: []render.Service{svc}, Range: only(n.Range), Cluster: only(n.Cluster)}); err != nil {
+		t.Fatal(err)
+	}
+	seen := map[netip.AddrPort]bool{}
+	for range 15 { // all the same once in five million times
+		v, err := k.Send(netplanetest.Pod1, render.TCP, netip.AddrPortFrom(svc.Addr, svc.Port.Port))
+		if err != nil || !v.To.IsValid() {
+			t.Fatalf("%+v, %v", v, err)
+		}
+		if seen[v.To] = true; len(seen) > 1 {
+			return
+		}
+		time.Sleep(1200 * time.Millisecond)
+	}
+	t.Errorf("a client that is to be forgotten after a second always reached %v", seen)
 }
 
 // TestListed: the tool that operators look with can print what is there.

@@ -3,12 +3,14 @@ package render
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"pgregory.net/rapid"
 )
 
 // node is a node in a zone, with addresses of its own.
@@ -153,4 +155,59 @@ func TestClaims(t *testing.T) {
 	if text(got) != want {
 		t.Errorf("%swant\n%s", text(got), want)
 	}
+}
+
+// TestInvariants: what Table promises holds for any services, in any order.
+func TestInvariants(t *testing.T) {
+	const v4 = discoveryv1.AddressTypeIPv4
+	rapid.Check(t, func(t *rapid.T) {
+		var services []*corev1.Service
+		var eps []*discoveryv1.EndpointSlice
+		addrs := rapid.SliceOfN(rapid.SampledFrom([]string{"10.97.0.1", "10.97.0.2", "192.0.2.1", "203.0.113.1", "203.0.113.2"}), 0, 3)
+		policy := rapid.SampledFrom([]string{"Cluster", "Local"})
+		for i := range rapid.IntRange(0, 4).Draw(t, "services") {
+			internal := corev1.ServiceInternalTrafficPolicy(policy.Draw(t, "internal"))
+			s := svc(fmt.Sprint("s", i), corev1.ServiceSpec{
+				Type: corev1.ServiceType(rapid.SampledFrom([]string{"ClusterIP", "NodePort", "LoadBalancer"}).Draw(t, "type")), ClusterIP: fmt.Sprint("10.97.0.", rapid.IntRange(1, 3).Draw(t, "ip")),
+				Ports:       []corev1.ServicePort{{Name: "p", Port: 80, NodePort: rapid.Int32Range(79, 81).Draw(t, "node port")}},
+				ExternalIPs: addrs.Draw(t, "external"), ExternalTrafficPolicy: corev1.ServiceExternalTrafficPolicy(policy.Draw(t, "external policy")), InternalTrafficPolicy: &internal,
+				SessionAffinity:          rapid.SampledFrom([]corev1.ServiceAffinity{"None", "ClientIP"}).Draw(t, "affinity"),
+				LoadBalancerSourceRanges: rapid.SliceOfN(rapid.SampledFrom([]string{"10.0.0.0/8", "10.98.0.0/16", "0.0.0.0/0", "192.0.2.0/24", "::/0", "x"}), 0, 3).Draw(t, "sources"),
+			})
+			for _, a := range addrs.Draw(t, "ingress") {
+				s.Status.LoadBalancer.Ingress = append(s.Status.LoadBalancer.Ingress, corev1.LoadBalancerIngress{IP: a})
+			}
+			services = append(services, s)
+			for j, state := range rapid.SliceOfN(rapid.SampledFrom([]string{"@n1", "@n2", "@n1 notready serving terminating", "@n2 notready", ""}), 0, 4).Draw(t, "endpoints") {
+				eps = append(eps, slice(s.Name, v4, 8080, fmt.Sprintf("10.98.0.%d %s", j, state)))
+			}
+		}
+		got := Render(cluster(services, eps...))
+		if other := Render(cluster(rapid.Permutation(services).Draw(t, "order"), rapid.Permutation(eps).Draw(t, "order of slices")...)); !got.Equal(other) {
+			t.Fatalf("%s\nin another order\n%s", text(got), text(other))
+		}
+		near := map[netip.Addr]bool{}
+		for _, a := range got.Near {
+			near[a] = true
+		}
+		if !slices.IsSortedFunc(got.Near, netip.Addr.Compare) || len(near) != len(got.Near) {
+			t.Fatalf("near: %v", got.Near)
+		}
+		for i, s := range got.Services {
+			promise := func(kept bool, what string) {
+				if !kept {
+					t.Fatalf("%s: %s\n%s", s.Port, what, text(got))
+				}
+			}
+			promise(i == 0 || got.Services[i-1].Compare(s.Port) < 0, "not in order")
+			promise(len(s.Endpoints) > 0 || !s.Split && len(s.Sources) == 0 && s.Affinity == 0, "says more than that there is nothing")
+			promise(len(s.Endpoints) == 0 || !s.Drop, "drops what it leads on")
+			promise(s.Split || len(s.Outside) == 0, "leads outside without a split")
+			promise(!s.Split || !slices.Equal(s.Endpoints, s.Outside), "splits what is the same")
+			promise(slices.IsSortedFunc(s.Sources, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) }), "sources not in order")
+			for _, ep := range s.Outside {
+				promise(near[ep.Addr()], "leads outside to an endpoint elsewhere")
+			}
+		}
+	})
 }

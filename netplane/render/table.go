@@ -121,11 +121,6 @@ func sameEndpoints(a, b []netip.AddrPort) bool {
 	return len(a) == len(b) && (len(a) == 0 || &a[0] == &b[0] || slices.Equal(a, b))
 }
 
-// Leads reports whether a client of some kind may be sent to ep.
-func (s *Service) Leads(ep netip.AddrPort) bool {
-	return slices.Contains(s.Endpoints, ep) || slices.Contains(s.Outside, ep)
-}
-
 // Table is everything a service backend has to know. All slices are ordered and
 // without duplicates, so that equal tables are equal byte for byte.
 //

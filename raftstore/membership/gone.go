@@ -1,20 +1,28 @@
 package membership
 
 import (
+	"cmp"
+	"context"
 	"errors"
 	"net"
+	"os"
 	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/raftstore/pki"
 	"decree.dev/decree/schemas/api"
 )
 
-// turn is how long the next server in line waits for the one before it to be elected.
-const turn = 50 * time.Millisecond
+const (
+	// turn is how long the next server in line waits for the one before it to be elected,
+	// turns how many of them it waits while that one stands.
+	turn  = 50 * time.Millisecond
+	turns = 6
+)
 
 // ConnectionEnded is told when another server has closed its connection to this one.
 // If that was the leader, and its machine says that nobody listens there any more, its
@@ -30,15 +38,17 @@ func (k *Keeper) ConnectionEnded(who peer.Identity) {
 	}
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.probing {
+	if k.probing == id {
 		return
 	}
-	k.probing = true
+	k.probing = id
 	go func() {
 		defer func() {
 			k.mu.Lock()
 			defer k.mu.Unlock()
-			k.probing = false
+			if k.probing == id {
+				k.probing = ""
+			}
 		}()
 		if refuses(address) {
 			k.stand(id)
@@ -46,44 +56,105 @@ func (k *Keeper) ConnectionEnded(who peer.Identity) {
 	}()
 }
 
-// refuses reports whether the machine at address says that nobody listens there.
+const (
+	// linger is how long a connection to a server has to hold for its process to count
+	// as alive, tries how many may break off before.
+	linger = time.Second
+	tries  = 5
+)
+
+// refuses reports whether the machine at address says that nobody listens there. A
+// process that ends closes its connections before its port: whoever learns of the end
+// by the first still reaches the second, and is cut off with it. So only a connection
+// that holds is an answer.
 func refuses(address string) bool {
-	conn, err := net.DialTimeout("tcp", address, patience)
-	if err == nil {
-		conn.Close()
+	for range tries {
+		conn, err := net.DialTimeout("tcp", address, patience)
+		switch {
+		case errors.Is(err, unix.ECONNREFUSED):
+			return true
+		case errors.Is(err, unix.ECONNRESET): // between the two
+		case err != nil || holds(conn):
+			return false
+		}
 	}
-	return errors.Is(err, unix.ECONNREFUSED)
+	return false
+}
+
+// holds waits for the other end to break off a connection, and closes it. A server says
+// nothing before it is spoken to.
+func holds(conn net.Conn) bool {
+	defer conn.Close()
+	_ = conn.SetReadDeadline(time.Now().Add(linger)) // a connection that has ended shows it when it is read
+	_, err := conn.Read(make([]byte, 1))
+	return err == nil || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
 // stand makes this server stand for election in place of the leader id, when it is its
-// turn: two that stand at once may both lose.
+// turn: two that stand at once may both lose. A disk that is slow to write a vote down
+// is no reason to stand beside its server.
 func (k *Keeper) stand(id string) {
-	var line []string
+	var line []raftstore.Member
 	for _, m := range k.Store.Members() {
 		if m.Voter && m.ID != id {
-			line = append(line, m.ID)
+			line = append(line, m)
 		}
 	}
-	slices.Sort(line)
-	place := slices.Index(line, k.Self().ID)
+	slices.SortFunc(line, func(a, b raftstore.Member) int { return cmp.Compare(a.ID, b.ID) })
+	self := k.Self().ID
+	place := slices.IndexFunc(line, func(m raftstore.Member) bool { return m.ID == self })
 	if place < 0 {
 		return
 	}
-	if place > 0 {
-		timer := time.NewTimer(time.Duration(place) * turn)
-		defer timer.Stop()
-		for done := false; !done; {
-			changed := k.Store.LeaderChange()
-			if now, _ := k.Store.Leader(); now != id && now != "" {
-				return
-			}
-			select {
-			case <-timer.C:
-				done = true
-			case <-changed:
-			}
+	for waited := 0; waited < place || k.anyStands(line[:place], id); waited++ {
+		if waited == max(turns, place) || !k.pause(id) {
+			return // the timeouts of raft go on from here
 		}
 	}
 	k.Log.Info("the leader's process has ended, standing for election", "leader", id)
 	k.Store.LeaderGone(id)
+}
+
+// pause waits for a turn, and reports whether there is no other leader than id by then.
+func (k *Keeper) pause(id string) bool {
+	timer := time.NewTimer(turn)
+	defer timer.Stop()
+	for {
+		changed := k.Store.LeaderChange()
+		if now, _ := k.Store.Leader(); now != id && now != "" {
+			return false
+		}
+		select {
+		case <-timer.C:
+			return true
+		case <-changed:
+		}
+	}
+}
+
+// anyStands asks servers whether one of them stands in place of the leader id.
+func (k *Keeper) anyStands(servers []raftstore.Member, id string) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*turn)
+	defer cancel()
+	mine := k.status()
+	answers := make(chan bool, len(servers))
+	for _, m := range servers {
+		go func() {
+			var theirs Status
+			err := k.Peers.Call(ctx, m.Address, callStatus, struct{}{}, &theirs)
+			answers <- err == nil && stands(mine, theirs, id)
+		}()
+	}
+	for range servers {
+		if <-answers {
+			return true
+		}
+	}
+	return false
+}
+
+// stands reports whether a server does not follow the leader id any more, and can win:
+// nobody votes for a log that is shorter than the own one.
+func stands(mine, theirs Status, id string) bool {
+	return theirs.Leader != id && theirs.LastIndex >= mine.LastIndex
 }

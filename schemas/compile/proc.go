@@ -43,6 +43,8 @@ func newSpawner() *spawner {
 	s := &spawner{jobs: make(chan func()), done: make(chan struct{})}
 	go func() {
 		runtime.LockOSThread()
+		// Children inherit it, whatever their parent's other threads have.
+		_ = syscall.Setpriority(syscall.PRIO_PROCESS, 0, workerNice) // more is always allowed
 		defer close(s.done)
 		for job := range s.jobs {
 			job()
@@ -98,12 +100,9 @@ type proc struct {
 }
 
 // confine sets the limits that do not depend on the tree: no files, no core, few
-// descriptors, low priority.
+// descriptors.
 func (c *proc) confine() error {
 	pid := c.cmd.Process.Pid
-	if err := syscall.Setpriority(syscall.PRIO_PROCESS, pid, workerNice); err != nil {
-		return err
-	}
 	for resource, limit := range map[int]uint64{unix.RLIMIT_FSIZE: 0, unix.RLIMIT_CORE: 0, unix.RLIMIT_NOFILE: 32} {
 		if err := unix.Prlimit(pid, resource, &unix.Rlimit{Cur: limit, Max: limit}, nil); err != nil {
 			return err

@@ -34,6 +34,11 @@ func Up(ctx context.Context, cfg Config, out io.Writer) error {
 		return err
 	}
 	defer release()
+	if cfg.NoAgent {
+		if err := setNice(serverNice); err != nil {
+			cfg.Log.Debug("this server has no priority over other work", "error", err)
+		}
+	}
 	s, err := newServer(ctx, &cfg)
 	if err != nil {
 		return err

@@ -20,6 +20,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/membership"
@@ -105,7 +106,7 @@ func startDecree(ctx context.Context, cfg Config) (_ *decree, err error) {
 	for i := range 3 {
 		address := fmt.Sprintf("127.0.0.1:%d", firstPort+i)
 		p := &process{name: fmt.Sprint("s", i+1), log: data(i) + ".log", command: []string{
-			cfg.Binary, "server", "--data", data(i), "--node", fmt.Sprint("s", i+1), "--address", address,
+			cfg.Binary, "server", "--data", data(i), "--node", fmt.Sprint("s", i+1), "--address", address, "--log-level", "info",
 		}}
 		if i > 0 {
 			p.command = append(p.command, "--join", d.addresses[0], "--token", token)
@@ -158,14 +159,15 @@ func newToken(ctx context.Context, c *client.Client) (string, error) {
 	return t.Token, err
 }
 
-// settle waits until three servers vote, and notes who leads.
+// settle waits until three servers vote and have applied what the leader has, and notes
+// who leads.
 func (d *decree) settle(ctx context.Context) error {
 	deadline := time.Now().Add(60 * time.Second)
 	for {
 		rows, err := d.members(ctx)
 		voters := 0
 		for _, r := range rows {
-			if r.State == "healthy" && (r.Role == "voter" || r.Role == "leader") {
+			if r.State == "healthy" && r.Behind == 0 && (r.Role == "voter" || r.Role == "leader") {
 				voters++
 			}
 		}
@@ -203,8 +205,8 @@ func (d *decree) members(ctx context.Context) (rows []membership.Server, err err
 
 func (d *decree) name() string { return "decree" }
 
-func object(i int) *corev1.ConfigMap {
-	o := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "k" + strconv.Itoa(i)}, Data: map[string]string{"v": value}}
+func object(i, size int) *corev1.ConfigMap {
+	o := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "k" + strconv.Itoa(i)}, Data: map[string]string{"v": newValue(size)}}
 	o.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("ConfigMap"))
 	return o
 }
@@ -215,18 +217,26 @@ func (d *decree) propose(ctx context.Context, t command.Txn) error {
 	if err != nil {
 		return err
 	}
-	r, err := d.peers.Propose(ctx, *d.leader.Load(), data)
-	if err == nil {
-		err = r.Err()
+	for {
+		r, err := d.peers.Propose(ctx, *d.leader.Load(), data)
+		if errors.Is(err, raftstore.ErrNotLeader) { // nothing happened: another one leads
+			if _, err := d.members(ctx); err != nil {
+				return err
+			}
+			continue
+		}
+		if err == nil {
+			err = r.Err()
+		}
+		return err
 	}
-	return err
 }
 
-func (d *decree) fill(ctx context.Context, from, to int) error {
+func (d *decree) fill(ctx context.Context, from, to, size int) error {
 	for from < to {
 		t := command.Txn{}
 		for ; from < to && len(t.Mutations) < 1000; from++ {
-			o := object(from)
+			o := object(from, size)
 			t.Mutations = append(t.Mutations, api.Mutation{Verb: api.Create, Key: api.KeyOf(o), Object: o})
 		}
 		if err := d.propose(ctx, t); err != nil {
@@ -236,13 +246,8 @@ func (d *decree) fill(ctx context.Context, from, to int) error {
 	return nil
 }
 
-// changes makes every put another value, as an unchanged object would be no change.
-var changes atomic.Int64
-
 func (d *decree) put(ctx context.Context, i int) error {
-	o := object(i)
-	o.Data["v"] = strconv.FormatInt(changes.Add(1), 36) + value
-	o.Data["v"] = o.Data["v"][:valueSize]
+	o := object(i, valueSize)
 	return d.propose(ctx, command.Txn{Mutations: []api.Mutation{{Verb: api.Update, Key: api.KeyOf(o), Object: o}}})
 }
 
@@ -294,13 +299,18 @@ func (d *decree) term(ctx context.Context) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	for line := range strings.Lines(string(data)) {
-		if rest, ok := strings.CutPrefix(line, "decree_store_term "); ok {
-			n, err := strconv.ParseFloat(strings.TrimSpace(rest), 64)
-			return uint64(n), err
+	n, err := metric(string(data), "decree_store_term")
+	return uint64(n), err
+}
+
+// metric finds a metric without labels in the text format of Prometheus.
+func metric(text, name string) (float64, error) {
+	for line := range strings.Lines(text) {
+		if rest, ok := strings.CutPrefix(line, name+" "); ok {
+			return strconv.ParseFloat(strings.TrimSpace(rest), 64)
 		}
 	}
-	return 0, errors.New("the server does not tell its term")
+	return 0, fmt.Errorf("the server does not tell %s", name)
 }
 
 func (d *decree) save(ctx context.Context, file string) error {
@@ -338,8 +348,8 @@ func (d *decree) run(ctx context.Context, args ...string) error {
 	return nil
 }
 
-func (d *decree) killLeader() (func() error, error) {
-	if _, err := d.members(context.Background()); err != nil {
+func (d *decree) killLeader(ctx context.Context) (func() error, error) {
+	if _, err := d.members(ctx); err != nil {
 		return nil, err
 	}
 	for i, a := range d.addresses {
@@ -349,7 +359,7 @@ func (d *decree) killLeader() (func() error, error) {
 				if err := d.procs[i].start(); err != nil {
 					return err
 				}
-				return d.settle(context.Background())
+				return d.settle(ctx)
 			}, nil
 		}
 	}

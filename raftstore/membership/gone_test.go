@@ -1,0 +1,83 @@
+package membership
+
+import (
+	"net"
+	"testing"
+)
+
+// TestRefuses has a listener for each way that a port answers.
+func TestRefuses(t *testing.T) {
+	tests := []struct {
+		name string
+		// each is called with every connection, and once with nil before the first.
+		each func(l net.Listener, c net.Conn)
+		want bool
+	}{
+		{"no process", func(l net.Listener, _ net.Conn) { l.Close() }, true},
+		{"a process that closes its port last", func(l net.Listener, c net.Conn) {
+			if c != nil {
+				l.Close()
+				c.Close()
+			}
+		}, true},
+		{"a server", func(net.Listener, net.Conn) {}, false},
+		{"a server that has no room for strangers", func(_ net.Listener, c net.Conn) {
+			if c != nil {
+				c.Close()
+			}
+		}, false},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			ended := make(chan struct{})
+			go func() {
+				defer close(ended)
+				for tt.each(l, nil); ; {
+					c, err := l.Accept()
+					if err != nil {
+						return
+					}
+					defer c.Close()
+					tt.each(l, c)
+				}
+			}()
+			if got := refuses(l.Addr().String()); got != tt.want {
+				t.Errorf("refuses: %v", got)
+			}
+			l.Close()
+			<-ended
+		})
+	}
+}
+
+func TestStands(t *testing.T) {
+	at := func(leader string, last uint64) Status {
+		var s Status
+		s.Leader, s.LastIndex = leader, last
+		return s
+	}
+	tests := []struct {
+		name         string
+		mine, theirs Status
+		want         bool
+	}{
+		{"it has not noticed", at("a", 7), at("a", 7), false},
+		{"it stands with the same log", at("a", 7), at("", 7), true},
+		{"it stands with a longer log", at("a", 7), at("", 8), true},
+		{"it stands with a log that is too short", at("a", 7), at("", 6), false},
+		{"it has won", at("a", 7), at("b", 8), true},
+		{"it follows the one that has won", at("a", 7), at("c", 8), true},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := stands(tt.mine, tt.theirs, "a"); got != tt.want {
+				t.Errorf("stands: %v", got)
+			}
+		})
+	}
+}
