@@ -99,10 +99,9 @@ type Services struct {
 	// known says that have, and all that follows, is what the kernel holds.
 	known bool
 	have  render.Table
-	// marks are those of the guard by port; hairpins are under the zero port. split are
-	// the packet marks of clients from outside that are led elsewhere.
+	// marks are those of the guard by port; hairpins are under the zero port.
 	marks map[render.Port]map[nft.Mark]bool
-	split map[render.Port]uint32
+	split *splits
 	// reach counts how many services go to an address.
 	reach    map[netip.Addr]int
 	draining map[key]*drain

@@ -17,23 +17,48 @@ func markOf(n uint32) uint32 { return n<<16 | nft.FarBit }
 // isMark reports whether a mark is one that markOf makes.
 func isMark(mark uint32) bool { return mark>>16 != 0 && mark&0xffff == nft.FarBit }
 
-// freeMark returns a mark that no service of a family has, and none that drains; zero
-// if there is none.
-func (s *Services) freeMark(family netip.Addr) uint32 {
-	taken := map[uint32]bool{}
-	for p, mark := range s.split {
-		taken[mark] = taken[mark] || p.Addr.Is4() == family.Is4()
+// splits are the packet marks of services with a virtual service of their own for clients
+// from outside.
+type splits struct {
+	marks map[render.Port]uint32
+	ports map[key]render.Port // by byMark
+	// last is the number of the last mark that was taken.
+	last uint32
+}
+
+func newSplits() *splits {
+	return &splits{marks: map[render.Port]uint32{}, ports: map[key]render.Port{}}
+}
+
+// of is the mark of a port, or zero.
+func (s *splits) of(p render.Port) uint32 { return s.marks[p] }
+
+func (s *splits) set(p render.Port, mark uint32) {
+	s.marks[p], s.ports[byMark(mark, p.Addr)] = mark, p
+}
+
+func (s *splits) clear(p render.Port) {
+	if mark := s.marks[p]; mark != 0 {
+		delete(s.marks, p)
+		delete(s.ports, byMark(mark, p.Addr))
 	}
-	for n := uint32(1); n <= maxMarks; n++ {
-		if mark := markOf(n); !taken[mark] && s.draining[byMark(mark, family)] == nil {
-			return mark
+}
+
+// free returns a mark that no service of a family has, and none that drains; zero if there
+// is none.
+func (s *splits) free(family netip.Addr, draining map[key]*drain) uint32 {
+	for range maxMarks {
+		s.last = s.last%maxMarks + 1
+		k := byMark(markOf(s.last), family)
+		if _, taken := s.ports[k]; !taken && draining[k] == nil {
+			return k.mark
 		}
 	}
 	return 0
 }
 
 // marksOf are the marks of a port with a service, or without one if svc is nil. held:
-// IPVS has it. split is the packet mark of clients from outside that are led elsewhere.
+// IPVS has it. split is the packet mark of clients from outside, if they are apart.
 func marksOf(p render.Port, svc *render.Service, held bool, split uint32, t *render.Table) map[nft.Mark]bool {
 	m := map[nft.Mark]bool{}
 	if held && (svc == nil || len(svc.Endpoints) == 0) {
@@ -52,7 +77,7 @@ func marksOf(p render.Port, svc *render.Service, held bool, split uint32, t *ren
 		m[nft.Mark{Set: nft.Closed, Port: p}] = true
 	case svc.Split && len(svc.Outside) == 0:
 		m[nft.Mark{Set: nft.Undelivered, Port: p}] = true
-	case svc.Split:
+	case split != 0:
 		m[nft.Mark{Set: nft.Split, Port: p, Value: split}] = true
 	}
 	if len(svc.Sources) > 0 {

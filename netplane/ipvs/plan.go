@@ -100,18 +100,33 @@ func wanted(s *render.Service, scheduler string) *virtual {
 	return balanced(key{Port: s.Port}, scheduler, s.Affinity, s.Endpoints)
 }
 
-// wantedOutside is what it shall hold for clients from outside that are led elsewhere;
-// they are found by a mark. Services of marks cannot keep clients and change ports, so
-// that affinity is by the hash of the client there, which few lose when endpoints
-// change.
-func wantedOutside(s *render.Service, scheduler string, mark uint32) *virtual {
-	if s == nil || !s.Split || len(s.Outside) == 0 {
+// apart are the endpoints of clients from outside, if they have a virtual service of their
+// own: where they are led elsewhere, and for UDP at addresses outside all ranges, where they
+// may be tomorrow. IPVS looks for a flow that it knows before it looks at marks, and a flow
+// of the service for all could not be led away without taking the endpoint from everybody.
+func apart(s *render.Service, ranges []netip.Prefix) []netip.AddrPort {
+	switch {
+	case s == nil:
+		return nil
+	case s.Split:
+		return s.Outside
+	case s.Proto == render.UDP && !contains(ranges, s.Addr):
+		return s.Endpoints
+	}
+	return nil
+}
+
+// wantedOutside is what IPVS shall hold for clients from outside that are led to eps; they
+// are found by a mark. Services of marks cannot keep clients and change ports, so that
+// affinity is by the hash of the client there, which few lose when endpoints change.
+func wantedOutside(s *render.Service, eps []netip.AddrPort, scheduler string, mark uint32) *virtual {
+	if len(eps) == 0 {
 		return nil
 	}
 	if s.Affinity > 0 {
 		scheduler = "mh"
 	}
-	return balanced(byMark(mark, s.Addr), scheduler, 0, s.Outside)
+	return balanced(byMark(mark, s.Addr), scheduler, 0, eps)
 }
 
 func balanced(k key, scheduler string, affinity time.Duration, eps []netip.AddrPort) *virtual {

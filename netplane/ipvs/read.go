@@ -49,20 +49,25 @@ func (h *held) of(p render.Port) (main, out *virtual) {
 func (h *held) service(p render.Port) (render.Service, bool) {
 	svc := render.Service{Port: p}
 	main, out := h.of(p)
-	known := false
+	known, led := false, false
 	for m := range h.marks[p] {
 		switch m.Set {
 		case nft.Closed, nft.Dropped:
 			return render.Service{Port: p, Drop: m.Set == nft.Dropped}, true
-		case nft.Split, nft.Undelivered:
+		case nft.Undelivered:
 			svc.Split = true
+		case nft.Split:
+			led = true
 		case nft.Allowed:
 			svc.Sources = append(svc.Sources, m.Source)
 		}
 	}
 	slices.SortFunc(svc.Sources, netip.Prefix.Compare)
 	if svc.Endpoints = main.live(); len(svc.Endpoints) > 0 {
-		known, svc.Affinity, svc.Outside = true, main.affinity, out.live()
+		known, svc.Affinity = true, main.affinity
+		if outside := out.live(); led && !slices.Equal(outside, svc.Endpoints) {
+			svc.Split, svc.Outside = true, outside
+		}
 	}
 	return svc, known
 }
@@ -160,7 +165,7 @@ func (s *Services) undisturbed(h *held) (bool, error) {
 	for i := range s.have.Services {
 		svc := &s.have.Services[i]
 		main, out := h.of(svc.Port)
-		if !same(main, wanted(svc, s.cfg.Scheduler)) || !same(out, wantedOutside(svc, s.cfg.Scheduler, s.split[svc.Port])) {
+		if !same(main, wanted(svc, s.cfg.Scheduler)) || !same(out, wantedOutside(svc, apart(svc, s.have.Range), s.cfg.Scheduler, s.split.of(svc.Port))) {
 			return false, nil
 		}
 	}
@@ -174,12 +179,8 @@ func (s *Services) undisturbed(h *held) (bool, error) {
 
 // unsplit reports whether no service that is listed has the mark of k.
 func (s *Services) unsplit(k key) bool {
-	for p, mark := range s.split {
-		if byMark(mark, p.Addr) == k {
-			return false
-		}
-	}
-	return true
+	_, split := s.split.ports[k]
+	return !split
 }
 
 // Purge implements netplane.Services. Established connections to services end.

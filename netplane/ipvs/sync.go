@@ -78,8 +78,8 @@ func (s *Services) holding(svc *render.Service, p render.Port) (main, out *virtu
 	if d := s.draining[key{Port: p}]; d != nil {
 		main = d.holds
 	}
-	if mark := s.split[p]; mark != 0 {
-		out = wantedOutside(svc, s.cfg.Scheduler, mark)
+	if mark := s.split.of(p); mark != 0 {
+		out = wantedOutside(svc, apart(svc, s.have.Range), s.cfg.Scheduler, mark)
 		if d := s.draining[byMark(mark, p.Addr)]; d != nil {
 			out = d.holds
 		}
@@ -133,7 +133,7 @@ func (s *Services) sweepNow(ctx context.Context, w *work, want *render.Table) er
 		s.drain(k, left)
 		if k.mark == 0 {
 			svc, _ := s.have.Find(k.Port)
-			s.remark(w, k.Port, marksOf(k.Port, svc, left != nil, s.split[k.Port], &s.have))
+			s.remark(w, k.Port, marksOf(k.Port, svc, left != nil, s.split.of(k.Port), &s.have))
 		}
 	}
 	return nil
@@ -142,28 +142,27 @@ func (s *Services) sweepNow(ctx context.Context, w *work, want *render.Table) er
 // change plans what turns what IPVS holds for a port, for all clients and for those
 // from outside, into svc. It returns whether there is anything to do.
 func (s *Services) change(w *work, p render.Port, main, out *virtual, svc *render.Service, t *render.Table) (bool, error) {
-	mark := s.split[p]
-	if svc != nil && svc.Split && len(svc.Outside) > 0 {
-		if mark == 0 {
-			if mark = s.freeMark(p.Addr); mark == 0 {
-				return false, fmt.Errorf("service %s: all %d packet marks are taken", p, maxMarks)
-			}
+	mark, outside := s.split.of(p), apart(svc, t.Range)
+	switch {
+	case len(outside) == 0:
+		s.split.clear(p)
+	case mark == 0:
+		if mark = s.split.free(p.Addr, s.draining); mark == 0 {
+			return false, fmt.Errorf("service %s: all %d packet marks are taken", p, maxMarks)
 		}
-		s.split[p] = mark
-	} else {
-		delete(s.split, p)
+		s.split.set(p, mark)
 	}
 	cut := cutFor(t)
 	cutOut := func(v *virtual, a netip.Addr) bool { return p.Proto == render.UDP || cut(v, a) }
 	// First where those from outside go: they must not be led where others are.
-	first, leftOut := change(out, wantedOutside(svc, s.cfg.Scheduler, mark), cutOut)
+	first, leftOut := change(out, wantedOutside(svc, outside, s.cfg.Scheduler, mark), cutOut)
 	then, left := change(main, wanted(svc, s.cfg.Scheduler), cut)
 	w.cmds = append(append(w.cmds, first...), then...)
 	if mark != 0 {
 		s.drain(byMark(mark, p.Addr), leftOut)
 	}
 	s.drain(key{Port: p}, left)
-	return s.remark(w, p, marksOf(p, svc, left != nil, s.split[p], t)) || len(first)+len(then) > 0, nil
+	return s.remark(w, p, marksOf(p, svc, left != nil, s.split.of(p), t)) || len(first)+len(then) > 0, nil
 }
 
 // drain notes which servers of a service have no weight, and since when.
@@ -251,12 +250,12 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 // change. It makes s know what h says.
 func (s *Services) compare(h *held, want *render.Table) (w *work, changed int, err error) {
 	w = &work{touched: map[nft.Mark]bool{}}
-	s.marks, s.split, s.reach = map[render.Port]map[nft.Mark]bool{}, map[render.Port]uint32{}, map[netip.Addr]int{}
+	s.marks, s.split, s.reach = map[render.Port]map[nft.Mark]bool{}, newSplits(), map[netip.Addr]int{}
 	for p, of := range h.marks {
 		s.marks[p] = maps.Clone(of)
 		for m := range of {
 			if m.Set == nft.Split {
-				s.split[p] = m.Value
+				s.split.set(p, m.Value)
 			}
 		}
 	}
@@ -303,12 +302,8 @@ func (s *Services) compareOne(w *work, h *held, p render.Port, svc *render.Servi
 
 // orphans retires services of packet marks that no port has any more.
 func (s *Services) orphans(w *work, h *held, want *render.Table) {
-	used := map[key]bool{}
-	for p, mark := range s.split {
-		used[byMark(mark, p.Addr)] = true
-	}
 	for _, k := range slices.SortedFunc(maps.Keys(h.services), key.compare) {
-		if k.mark != 0 && !used[k] {
+		if _, used := s.split.ports[k]; k.mark != 0 && !used {
 			cmds, left := change(h.services[k], nil, cutFor(want))
 			w.cmds = append(w.cmds, cmds...)
 			s.drain(k, left)
