@@ -157,7 +157,9 @@ func (s *Services) Sync(ctx context.Context, want render.Table) (int, error) {
 		if err == nil || ctx.Err() != nil {
 			return n, err
 		}
-		s.log.Warn("services are not as expected; reading them back", "err", err)
+		if !errors.Is(err, errSettings) {
+			s.log.Warn("services are not as expected; reading them back", "err", err)
+		}
 	}
 	return s.full(ctx, want)
 }

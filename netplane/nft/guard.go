@@ -315,10 +315,9 @@ func (g *Guard) Purge(ctx context.Context) error { return g.s.Purge(ctx) }
 func (f *family) guardChains() []chain {
 	const (
 		// IPVS is at -98 of the hook output and at 98 and 99 of the hook input
-		// (net/netfilter/ipvs/ip_vs_core.c).
-		beforeIPVS, afterIPVS = -100, 110
-		// What nftables translated is not for IPVS, nor for the rule of routing.
-		afterDNAT = -90
+		// (net/netfilter/ipvs/ip_vs_core.c). What nftables translated (-100) is not for
+		// IPVS, nor for the rule of routing: both backends are there while one gives way.
+		beforeIPVS, afterIPVS, afterDNAT = -99, 110, -90
 	)
 	filter := func(name string, hook *nftables.ChainHook, prio nftables.ChainPriority, rules [][]expr.Any) chain {
 		return chain{name: name, typ: nftables.ChainTypeFilter, hook: hook, prio: &prio, rules: rules}
@@ -326,9 +325,10 @@ func (f *family) guardChains() []chain {
 	return []chain{
 		{name: "refuse", rules: f.refuse()},
 		filter("deliver", nftables.ChainHookPrerouting, afterDNAT, f.deliver()),
-		{name: "deliver_output", typ: nftables.ChainTypeRoute, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityMangle, rules: f.deliver()},
 		filter("new_input", nftables.ChainHookInput, 0, f.admit(false)),
 		filter("new_output", nftables.ChainHookOutput, beforeIPVS, f.admit(true)),
+		// The kernel puts what comes later before what has the same priority.
+		{name: "deliver_output", typ: nftables.ChainTypeRoute, hook: nftables.ChainHookOutput, prio: nftables.ChainPriorityRef(beforeIPVS), rules: f.deliver()},
 		filter("unlisted_input", nftables.ChainHookInput, afterIPVS, f.filter(false)),
 		filter("unlisted_forward", nftables.ChainHookForward, 0, f.filter(true)),
 		filter("unlisted_output", nftables.ChainHookOutput, 0, f.filter(false)),
