@@ -78,7 +78,9 @@ func (b *balancer) open(which Backend) (s backend, err error) {
 	err = netspace.Do(b.cfg.NetNS, func() error {
 		switch which {
 		case IPVS:
-			v, err := ipvs.New(ipvs.Config{Log: b.log})
+			cfg := b.cfg.IPVS
+			cfg.Table, cfg.Log = "", b.log
+			v, err := ipvs.New(cfg)
 			if err == nil {
 				s = v
 			}

@@ -21,6 +21,7 @@ import (
 	"decree.dev/decree/netplane/dns"
 	"decree.dev/decree/netplane/healthcheck"
 	"decree.dev/decree/netplane/host"
+	"decree.dev/decree/netplane/ipvs"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/overlay"
 	"decree.dev/decree/netplane/render"
@@ -40,6 +41,9 @@ type Config struct {
 	DataDir string
 	// Backend balances services; empty: IPVS where the kernel has it, else nftables.
 	Backend Backend
+	// IPVS is how that backend works: how it chooses, how long it waits for connections to
+	// endpoints that went, and the kernel's timeouts. Table and Log are set here.
+	IPVS ipvs.Config
 	// Table is the name of the nftables tables; empty: nft.DefaultTable.
 	Table string
 	// CNIConfDir is where a user's CNI configuration wins over the generated one,

@@ -390,30 +390,6 @@ func TestKernelDrift(t *testing.T) {
 	})
 }
 
-// TestKernelSchedulers: each of them balances.
-func TestKernelSchedulers(t *testing.T) {
-	inside(t)
-	for _, name := range ipvs.Schedulers {
-		k := newKernel(t)
-		s := open(t, k.node(), ipvs.Config{Scheduler: name})
-		for _, n := range netplanetest.Nets {
-			st := &stage{kernel: k, t: t, n: n, s: s}
-			tb := st.table(netplanetest.Pods...)
-			tb.Services[0].Endpoints = n.Endpoints(netplanetest.TCPPort, netplanetest.Pods...)
-			st.sync(tb)
-			if got := st.dump(); !strings.Contains(got, st.port().String()+" "+name) {
-				t.Errorf("%s is not in\n%s", name, got)
-			}
-			if v, err := k.Send(netplanetest.Outside, render.TCP, netip.AddrPortFrom(st.port().Addr, 80)); err != nil || !v.To.IsValid() {
-				t.Errorf("%s: %+v, %v", name, v, err)
-			}
-		}
-	}
-	if _, err := ipvs.New(ipvs.Config{Scheduler: "dice"}); err == nil || !strings.Contains(err.Error(), "dice") {
-		t.Errorf("an unknown scheduler: %v", err)
-	}
-}
-
 func TestKernelProbe(t *testing.T) {
 	inside(t)
 	ns := netspacetest.Namespace(t, "node")

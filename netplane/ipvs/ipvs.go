@@ -12,6 +12,7 @@
 package ipvs
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,7 @@ import (
 
 	"decree.dev/decree/netplane/nft"
 	"decree.dev/decree/netplane/render"
+	"decree.dev/decree/schemas/api"
 )
 
 // Defaults of Config.
@@ -33,15 +35,12 @@ const (
 	DefaultDrain     = 15 * time.Minute
 )
 
-// Schedulers are those that a stock kernel has and that make sense with endpoints of
-// equal weight (net/netfilter/ipvs).
-var Schedulers = []string{"rr", "wrr", "lc", "wlc", "sh", "mh"}
-
 // Config says how services are balanced. The zero value will do.
 type Config struct {
 	// Table is the name of the nftables tables; empty: DefaultTable.
 	Table string
-	// Scheduler is one of Schedulers; empty: DefaultScheduler.
+	// Scheduler is one of api.Schedulers, for services that ask for none; empty:
+	// DefaultScheduler.
 	Scheduler string
 	// Drain is how long connections to an endpoint that went may go on; zero:
 	// DefaultDrain.
@@ -60,8 +59,8 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Scheduler == "" {
 		c.Scheduler = DefaultScheduler
 	}
-	if !slices.Contains(Schedulers, c.Scheduler) {
-		return c, fmt.Errorf("IPVS scheduler %q: want one of %v", c.Scheduler, Schedulers)
+	if !slices.Contains(api.Schedulers, c.Scheduler) {
+		return c, fmt.Errorf("IPVS scheduler %q: want one of %v", c.Scheduler, api.Schedulers)
 	}
 	if c.Drain == 0 {
 		c.Drain = DefaultDrain
@@ -106,6 +105,8 @@ type Services struct {
 	reach    map[netip.Addr]int
 	draining map[key]*drain
 	swept    time.Time
+	// missing are the schedulers that the kernel turned out not to have.
+	missing map[string]bool
 }
 
 // New opens the sockets, in the network namespace of the calling thread. Nothing
@@ -116,7 +117,7 @@ func New(cfg Config) (*Services, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Services{cfg: cfg, log: cfg.Log, now: time.Now}
+	s := &Services{cfg: cfg, log: cfg.Log, now: time.Now, missing: map[string]bool{}}
 	if s.kernel, err = openKernel(); err != nil {
 		return nil, err
 	}
@@ -161,7 +162,20 @@ func (s *Services) Sync(ctx context.Context, want render.Table) (int, error) {
 			s.log.Warn("services are not as expected; reading them back", "err", err)
 		}
 	}
-	return s.full(ctx, want)
+	n, err := s.full(ctx, want)
+	for errors.Is(err, errScheduler) {
+		n, err = s.full(ctx, want)
+	}
+	return n, err
+}
+
+// scheduler is the one for a service that asks for one, or for none.
+func (s *Services) scheduler(asked string) string {
+	name := cmp.Or(asked, s.cfg.Scheduler)
+	if s.missing[name] {
+		return DefaultScheduler
+	}
+	return name
 }
 
 // Draining returns how many services still have connections to endpoints that went,

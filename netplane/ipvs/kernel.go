@@ -31,6 +31,7 @@ const (
 	destUpper, destLower, destActive, destInactive, destFamily = 5, 6, 7, 8, 11
 
 	flagPersistent, flagHashed = 1, 2
+	flagFallback               = 8 // of sh and mh: who hashes to a server without weight goes to another
 	methodMask                 = 7 // of which zero is masquerading, the only one that changes ports
 )
 
@@ -126,6 +127,14 @@ func netmask(a netip.Addr) uint32 {
 	return 128
 }
 
+// schedulerFlags are those that a scheduler needs so that draining servers cost nothing.
+func schedulerFlags(name string) uint32 {
+	if name == "sh" || name == "mh" {
+		return flagFallback
+	}
+	return 0
+}
+
 // service adds the attribute that names a service, with all that it has if whole.
 func (k *kernel) service(v *virtual, whole bool) {
 	n := k.Nest(attrService)
@@ -138,9 +147,9 @@ func (k *kernel) service(v *virtual, whole bool) {
 		k.attrPort(svcPort, v.Port.Port)
 	}
 	if whole {
-		flags := uint32(0)
+		flags := schedulerFlags(v.scheduler)
 		if v.affinity > 0 {
-			flags = flagPersistent
+			flags |= flagPersistent
 		}
 		k.Attr(svcScheduler, v.scheduler+"\x00")
 		b := binary.NativeEndian.AppendUint32(nil, flags)
@@ -166,6 +175,16 @@ func (k *kernel) dest(s *server, whole bool) {
 	k.Unnest(n)
 }
 
+// refusal is a command that the kernel did not carry out.
+type refusal struct {
+	cmd command
+	err error
+}
+
+func (r *refusal) Error() string { return fmt.Sprintf("%s: %v", r.cmd, r.err) }
+
+func (r *refusal) Unwrap() error { return r.err }
+
 // do carries out commands in their order, and goes on after one that is refused. The
 // error is that of the first one.
 func (k *kernel) do(ctx context.Context, cmds []command) error {
@@ -190,7 +209,7 @@ func (k *kernel) do(ctx context.Context, cmds []command) error {
 		}
 		err := k.Wait(first, last, func(seq uint32, err error) error {
 			if refused == nil {
-				refused = fmt.Errorf("%s: %w", cmds[seq-first], err)
+				refused = &refusal{cmds[seq-first], err}
 			}
 			return nil
 		})
@@ -296,7 +315,7 @@ func parseService(b []byte) *virtual {
 	if flags&flagPersistent != 0 {
 		v.affinity = time.Duration(timeout) * time.Second
 	}
-	v.odd = flags&^(flagPersistent|flagHashed) != 0 || mask != netmask(v.Addr)
+	v.odd = flags&^(flagPersistent|flagHashed) != schedulerFlags(v.scheduler) || mask != netmask(v.Addr)
 	return v
 }
 

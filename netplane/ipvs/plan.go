@@ -92,12 +92,13 @@ func (c command) String() string {
 	return fmt.Sprintf("%s %s of %s", what, c.server.addr, c.service.key)
 }
 
-// wanted is what IPVS shall hold of a service; nothing if it has no endpoints.
-func wanted(s *render.Service, scheduler string) *virtual {
+// wanted is what IPVS shall hold of a service; nothing if it has no endpoints. choose
+// returns the scheduler for what a service asks for.
+func wanted(s *render.Service, choose func(asked string) string) *virtual {
 	if s == nil || len(s.Endpoints) == 0 {
 		return nil
 	}
-	return balanced(key{Port: s.Port}, scheduler, s.Affinity, s.Endpoints)
+	return balanced(key{Port: s.Port}, choose(s.Scheduler), s.Affinity, s.Endpoints)
 }
 
 // apart are the endpoints of clients from outside, if they have a virtual service of their
@@ -119,14 +120,15 @@ func apart(s *render.Service, ranges []netip.Prefix) []netip.AddrPort {
 // wantedOutside is what IPVS shall hold for clients from outside that are led to eps; they
 // are found by a mark. Services of marks cannot keep clients and change ports, so that
 // affinity is by the hash of the client there, which few lose when endpoints change.
-func wantedOutside(s *render.Service, eps []netip.AddrPort, scheduler string, mark uint32) *virtual {
+func wantedOutside(s *render.Service, eps []netip.AddrPort, choose func(asked string) string, mark uint32) *virtual {
 	if len(eps) == 0 {
 		return nil
 	}
+	asked := s.Scheduler
 	if s.Affinity > 0 {
-		scheduler = "mh"
+		asked = "mh"
 	}
-	return balanced(byMark(mark, s.Addr), scheduler, 0, eps)
+	return balanced(byMark(mark, s.Addr), choose(asked), 0, eps)
 }
 
 func balanced(k key, scheduler string, affinity time.Duration, eps []netip.AddrPort) *virtual {

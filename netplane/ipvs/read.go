@@ -165,7 +165,7 @@ func (s *Services) undisturbed(h *held) (bool, error) {
 	for i := range s.have.Services {
 		svc := &s.have.Services[i]
 		main, out := h.of(svc.Port)
-		if !same(main, wanted(svc, s.cfg.Scheduler)) || !same(out, wantedOutside(svc, apart(svc, s.have.Range), s.cfg.Scheduler, s.split.of(svc.Port))) {
+		if !same(main, wanted(svc, s.scheduler)) || !same(out, wantedOutside(svc, apart(svc, s.have.Range), s.scheduler, s.split.of(svc.Port))) {
 			return false, nil
 		}
 	}

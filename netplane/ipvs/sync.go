@@ -9,6 +9,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"decree.dev/decree/netplane/diff"
 	"decree.dev/decree/netplane/nft"
 	"decree.dev/decree/netplane/render"
@@ -24,8 +26,12 @@ type work struct {
 	ops []diff.Op
 }
 
-// errSettings: which services are outside all ranges has to be looked at anew.
-var errSettings = errors.New("settings changed")
+var (
+	// errSettings: which services are outside all ranges has to be looked at anew.
+	errSettings = errors.New("settings changed")
+	// errScheduler: the kernel lacks one; services are to be given another.
+	errScheduler = errors.New("the kernel has no such scheduler")
+)
 
 // incremental goes from s.have to want without asking the kernel for more than how
 // connections end.
@@ -34,7 +40,7 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 	if !slices.Equal(s.have.Range, want.Range) {
 		return 0, errSettings
 	}
-	w := work{touched: map[nft.Mark]bool{}, ops: diff.Services(s.have.Services, want.Services)}
+	w := work{touched: map[nft.Mark]bool{}, ops: diff.ServicesBy(s.have.Services, want.Services, same)}
 	n := len(w.ops)
 	if !s.have.SameConfig(want) {
 		n++
@@ -71,15 +77,18 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 	return n, s.guard.Forget(w.ops, &want)
 }
 
+// same reports whether IPVS holds the same for both.
+func same(a, b *render.Service) bool { return a.Scheduler == b.Scheduler && a.Equal(b) }
+
 // holding is what IPVS holds of a service that is known, for all and for clients from
 // outside.
 func (s *Services) holding(svc *render.Service, p render.Port) (main, out *virtual) {
-	main = wanted(svc, s.cfg.Scheduler)
+	main = wanted(svc, s.scheduler)
 	if d := s.draining[key{Port: p}]; d != nil {
 		main = d.holds
 	}
 	if mark := s.split.of(p); mark != 0 {
-		out = wantedOutside(svc, apart(svc, s.have.Range), s.cfg.Scheduler, mark)
+		out = wantedOutside(svc, apart(svc, s.have.Range), s.scheduler, mark)
 		if d := s.draining[byMark(mark, p.Addr)]; d != nil {
 			out = d.holds
 		}
@@ -155,8 +164,8 @@ func (s *Services) change(w *work, p render.Port, main, out *virtual, svc *rende
 	cut := cutFor(t)
 	cutOut := func(v *virtual, a netip.Addr) bool { return p.Proto == render.UDP || cut(v, a) }
 	// First where those from outside go: they must not be led where others are.
-	first, leftOut := change(out, wantedOutside(svc, outside, s.cfg.Scheduler, mark), cutOut)
-	then, left := change(main, wanted(svc, s.cfg.Scheduler), cut)
+	first, leftOut := change(out, wantedOutside(svc, outside, s.scheduler, mark), cutOut)
+	then, left := change(main, wanted(svc, s.scheduler), cut)
 	w.cmds = append(append(w.cmds, first...), then...)
 	if mark != 0 {
 		s.drain(byMark(mark, p.Addr), leftOut)
@@ -202,10 +211,26 @@ func (s *Services) carryOut(ctx context.Context, w *work) error {
 	}
 	start := time.Now()
 	if err := s.kernel.do(ctx, w.cmds); err != nil {
-		return fmt.Errorf("IPVS: %w", err)
+		return fmt.Errorf("IPVS: %w", s.withoutScheduler(err))
 	}
 	s.log.Debug("IPVS changed", "commands", len(w.cmds), "took", time.Since(start))
 	return s.guard.Mark(ctx, unmark, nil)
+}
+
+// withoutScheduler notes which scheduler the kernel does not have, if that is what an error
+// says, and makes it one that matches errScheduler.
+func (s *Services) withoutScheduler(err error) error {
+	var refused *refusal
+	if !errors.As(err, &refused) || refused.cmd.verb > setService || !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	name := refused.cmd.service.scheduler
+	if name == DefaultScheduler || s.missing[name] {
+		return err
+	}
+	s.missing[name] = true
+	s.log.Warn("the kernel has no such scheduler; services that ask for it get the usual one", "scheduler", name, "instead", DefaultScheduler)
+	return fmt.Errorf("%w: %w", errScheduler, err)
 }
 
 // full reads what the kernel holds and goes from there to want.

@@ -227,3 +227,25 @@ func BenchmarkRender(b *testing.B) {
 		Render(d)
 	}
 }
+
+// TestScheduler: what a service asks for holds for all of its ports that have endpoints, and
+// what nobody knows for none.
+func TestScheduler(t *testing.T) {
+	for _, c := range []struct{ asked, want string }{{"lc", "lc"}, {"", ""}, {"dice", ""}} {
+		s := svc("a", corev1.ServiceSpec{ClusterIP: "10.97.0.1", ExternalIPs: []string{"203.0.113.1"}, Ports: []corev1.ServicePort{{Name: "p", Port: 80}, {Name: "q", Port: 81}}})
+		s.Annotations = map[string]string{"net.decree.dev/scheduler": c.asked}
+		got := Render(Desired{Services: []*corev1.Service{s}, Slices: []*discoveryv1.EndpointSlice{slice("a", discoveryv1.AddressTypeIPv4, 8080, "10.98.0.2")}})
+		if len(got.Services) != 4 {
+			t.Fatalf("%+v", got)
+		}
+		for _, e := range got.Services {
+			want := c.want
+			if len(e.Endpoints) == 0 {
+				want = ""
+			}
+			if e.Scheduler != want {
+				t.Errorf("asked for %q, %s has %q", c.asked, e.Port, e.Scheduler)
+			}
+		}
+	}
+}

@@ -108,6 +108,10 @@ type Service struct {
 	// Affinity is how long a client address keeps its endpoint after its last new
 	// connection, in whole seconds. Zero: no affinity.
 	Affinity time.Duration
+	// Scheduler is how the service's user wants endpoints to be chosen, one of
+	// api.Schedulers; empty: as the backend does it. Of the backends only IPVS has a choice,
+	// so that it does not count when services are compared.
+	Scheduler string
 }
 
 // Equal reports whether both mean the same.
