@@ -26,7 +26,7 @@ func TestInKernel(t *testing.T) {
 		t.Skip("this is the machine")
 	}
 	plugins := []string{"/usr/lib/cni/ptp", "/usr/lib/cni/host-local"}
-	vm.TestWith(t, 3*time.Minute, "^Test(Kernel|Nodes)", plugins)
+	vm.TestWith(t, 6*time.Minute, "^Test(Kernel|Nodes)", plugins)
 }
 
 // TestKernelSwitch: with IPVS in the kernel it is the backend; each backend gives way to
