@@ -2,6 +2,7 @@ package dns
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/miekg/dns"
@@ -18,13 +19,18 @@ type Zone struct {
 	domain   string // "cluster.local." in lower case
 	server   netip.Addr
 	reverse  []netip.Prefix // that this zone answers for
-	services map[string]*service
+	services map[key]*service
 	// namespaces has every namespace with a service.
 	namespaces map[string]bool
-	ptr        map[netip.Addr]string
+	// clusterIPs and pods say whose an address is; an endpoint may be that of several
+	// services.
+	clusterIPs map[netip.Addr]*service
+	pods       map[netip.Addr][]string
 }
 
-// service is one service under "name.namespace".
+type key struct{ namespace, name string }
+
+// service is one service.
 type service struct {
 	svc    *corev1.Service
 	slices []*discoveryv1.EndpointSlice
@@ -41,33 +47,48 @@ type endpoint struct {
 func NewZone(d render.Desired) *Zone {
 	z := &Zone{
 		domain: dns.CanonicalName(d.Domain), server: d.DNS,
-		services:   make(map[string]*service, len(d.Services)),
-		namespaces: map[string]bool{}, ptr: map[netip.Addr]string{},
+		services: make(map[key]*service, len(d.Services)), clusterIPs: make(map[netip.Addr]*service, len(d.Services)),
+		namespaces: map[string]bool{}, pods: map[netip.Addr][]string{},
 	}
 	z.reverse = append(append(z.reverse, d.ServiceCIDR...), d.ClusterCIDR...)
-	for _, svc := range d.Services {
-		z.services[svc.Name+"."+svc.Namespace] = &service{svc: svc}
+	all := make([]service, len(d.Services))
+	for i, svc := range d.Services {
+		all[i].svc = svc
+		z.services[key{svc.Namespace, svc.Name}] = &all[i]
 		z.namespaces[svc.Namespace] = true
+		for _, a := range render.ClusterIPs(svc) {
+			z.clusterIPs[a] = &all[i]
+		}
 	}
 	for _, s := range d.Slices {
-		if e := z.services[s.Labels[discoveryv1.LabelServiceName]+"."+s.Namespace]; e != nil {
+		if e := z.services[key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}]; e != nil {
 			e.slices = append(e.slices, s)
 		}
 	}
-	for _, e := range z.services {
-		name := z.name(e)
-		for _, a := range render.ClusterIPs(e.svc) {
-			z.ptr[a] = name
-		}
-		if e.headless() {
-			for ep := range e.endpoints {
-				if old := z.ptr[ep.addr]; old == "" || name < old {
-					z.ptr[ep.addr] = ep.host + "." + name
-				}
-			}
+	for i := range all {
+		if e := &all[i]; e.headless() {
+			z.addPointers(e)
 		}
 	}
+	for a, names := range z.pods {
+		slices.Sort(names) // the order of services is nobody's business
+		z.pods[a] = slices.Compact(names)
+	}
 	return z
+}
+
+// addPointers adds the names that the endpoints of a headless service give to addresses.
+func (z *Zone) addPointers(e *service) {
+	name := z.name(e)
+	for ep := range e.endpoints {
+		z.pods[ep.addr] = append(z.pods[ep.addr], ep.host+"."+name)
+	}
+}
+
+// sameNames reports whether z and other answer for the same names, though perhaps
+// differently.
+func (z *Zone) sameNames(other *Zone) bool {
+	return z.domain == other.domain && slices.Equal(z.reverse, other.reverse)
 }
 
 // name is the service's full name.
@@ -87,7 +108,7 @@ func (e *service) endpoints(yield func(endpoint) bool) {
 		}
 		for i := range s.Endpoints {
 			ep := &s.Endpoints[i]
-			if ready := ep.Conditions.Ready; ready != nil && !*ready && !e.svc.Spec.PublishNotReadyAddresses {
+			if ready := ep.Conditions.Ready; ready != nil && !*ready && !e.tolerant() {
 				continue
 			}
 			for _, text := range ep.Addresses {
@@ -95,16 +116,35 @@ func (e *service) endpoints(yield func(endpoint) bool) {
 				if err != nil {
 					continue
 				}
+				a = a.Unmap()
 				host := dashed(a)
 				if ep.Hostname != nil && *ep.Hostname != "" {
 					host = strings.ToLower(*ep.Hostname)
 				}
-				if !yield(endpoint{host, a.Unmap(), s}) {
+				if !yield(endpoint{host, a, s}) {
 					return
 				}
 			}
 		}
 	}
+}
+
+// tolerant reports whether endpoints that are not ready have names as well. The
+// annotation is what the specification speaks of, the field what has replaced it.
+func (e *service) tolerant() bool {
+	return e.svc.Spec.PublishNotReadyAddresses || e.svc.Annotations["service.alpha.kubernetes.io/tolerate-unready-endpoints"] == "true"
+}
+
+// empty reports whether e is headless without an endpoint to answer with: it then has
+// no name either.
+func (e *service) empty() bool {
+	if !e.headless() {
+		return false
+	}
+	for range e.endpoints {
+		return false
+	}
+	return true
 }
 
 // dashed is an address as a label.
@@ -135,12 +175,28 @@ func (z *Zone) owns(name string) bool {
 	if !ok {
 		return false
 	}
-	for _, p := range z.reverse {
-		if p.Contains(a) {
-			return true
-		}
+	return slices.ContainsFunc(z.reverse, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// origin is the zone, as resolvers see it, that a name is in: the domain, or the
+// smallest reverse zone around the range of an address.
+func (z *Zone) origin(name string) string {
+	a, ok := reverseAddr(name)
+	if !ok {
+		return z.domain
 	}
-	return false
+	i := slices.IndexFunc(z.reverse, func(p netip.Prefix) bool { return p.Contains(a) })
+	if i < 0 {
+		return z.domain
+	}
+	labels, bits := 4, 8
+	if a.Is6() {
+		labels, bits = 32, 4
+	}
+	for range labels - z.reverse[i].Bits()/bits {
+		_, name, _ = strings.Cut(name, ".")
+	}
+	return name
 }
 
 // reverseAddr reads a name below in-addr.arpa or ip6.arpa as a whole address.

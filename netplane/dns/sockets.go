@@ -1,0 +1,175 @@
+package dns
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
+)
+
+const (
+	// maxQuery bounds the datagrams that are read: no query is that long.
+	maxQuery = 4096
+	// maxConns bounds the TCP connections, and maxPipelined the queries of one that wait
+	// for upstreams.
+	maxConns, maxPipelined = 256, 32
+	// tcpIdle is how long a connection may be without a query (RFC 7766, 6.2.3), and
+	// tcpStall how long a message may take.
+	tcpIdle, tcpStall = 10 * time.Second, 5 * time.Second
+)
+
+// udpReaders is how many loops read one UDP socket: the work beside the system calls
+// then uses all cores.
+func udpReaders() int { return min(runtime.GOMAXPROCS(0), 8) }
+
+// park copies the query that a worker read, for as long as it takes to answer it.
+func (w *worker) park() *query {
+	q := w.q
+	q.question = slices.Clone(q.question)
+	return &q
+}
+
+// serveUDP answers datagrams until ctx ends or the socket fails.
+func (s *Server) serveUDP(ctx context.Context, conn *net.UDPConn, busy *sync.WaitGroup) error {
+	w := &worker{}
+	buf := make([]byte, maxQuery)
+	for {
+		n, from, err := conn.ReadFromUDPAddrPort(buf)
+		if err != nil {
+			return err
+		}
+		begun := time.Now()
+		answer, wait := s.quick(w, buf[:n], true)
+		switch {
+		case wait:
+			s.later(ctx, w.park(), busy, func(answer []byte) {
+				s.sendUDP(conn, answer, from)
+				s.metrics.latency.Observe(time.Since(begun).Seconds())
+			})
+		case answer != nil:
+			s.sendUDP(conn, answer, from)
+			s.metrics.latency.Observe(time.Since(begun).Seconds())
+		}
+	}
+}
+
+// sendUDP sends an answer. Whoever misses it asks again.
+func (s *Server) sendUDP(conn *net.UDPConn, answer []byte, to netip.AddrPort) {
+	if _, err := conn.WriteToUDPAddrPort(answer, to); err != nil {
+		s.log.Debug("dns answer not sent", "to", to, "err", err)
+	}
+}
+
+// later answers a datagram's query in a goroutine of its own, unless too many wait already.
+func (s *Server) later(ctx context.Context, q *query, busy *sync.WaitGroup, send func([]byte)) {
+	select {
+	case s.waiting <- struct{}{}:
+		busy.Go(func() {
+			defer func() { <-s.waiting }()
+			send(s.slow(ctx, q, true))
+		})
+	default:
+		s.metrics.dropped.Inc()
+	}
+}
+
+// serveTCP accepts connections until ctx ends or the listener fails.
+func (s *Server) serveTCP(ctx context.Context, ln net.Listener, busy *sync.WaitGroup) error {
+	slots := make(chan struct{}, maxConns)
+	for {
+		conn, err := ln.Accept()
+		if err != nil {
+			return err
+		}
+		select {
+		case slots <- struct{}{}:
+		default:
+			s.metrics.dropped.Inc()
+			conn.Close()
+			continue
+		}
+		busy.Go(func() {
+			defer func() { <-slots }()
+			c := &tcpConn{server: s, Conn: conn}
+			if err := c.serve(ctx); err != nil && !errors.Is(err, io.EOF) {
+				s.log.Debug("dns connection ended", "from", conn.RemoteAddr(), "err", err)
+			}
+		})
+	}
+}
+
+// tcpConn is one client's connection. Queries are answered as soon as they can be, which
+// may be in another order (RFC 7766, 6.2.1.1).
+type tcpConn struct {
+	net.Conn
+	server  *Server
+	writing sync.Mutex
+}
+
+func (c *tcpConn) serve(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	var busy sync.WaitGroup
+	pipelined := make(chan struct{}, maxPipelined)
+	defer func() { // what waits is answered even if the client has sent all it had to say
+		busy.Wait()
+		stop()
+		c.Close()
+	}()
+	w := &worker{}
+	buf := make([]byte, 0, 512)
+	for {
+		var err error
+		if buf, err = c.readMessage(buf); err != nil {
+			return err
+		}
+		begun := time.Now()
+		answer, wait := c.server.quick(w, buf, false)
+		if wait {
+			pipelined <- struct{}{} // a client in a hurry waits here
+			q := w.park()
+			busy.Go(func() {
+				defer func() { <-pipelined }()
+				_ = c.writeMessage(c.server.slow(ctx, q, false)) // reading fails as well
+				c.server.metrics.latency.Observe(time.Since(begun).Seconds())
+			})
+			continue
+		}
+		if answer == nil {
+			return errors.New("it sent what is no query")
+		}
+		if err := c.writeMessage(answer); err != nil {
+			return err
+		}
+		c.server.metrics.latency.Observe(time.Since(begun).Seconds())
+	}
+}
+
+// readMessage reads one message into buf, which it may replace.
+func (c *tcpConn) readMessage(buf []byte) ([]byte, error) {
+	var length [2]byte
+	_ = c.SetReadDeadline(time.Now().Add(tcpIdle))
+	if _, err := io.ReadFull(c, length[:]); err != nil {
+		return nil, err
+	}
+	_ = c.SetReadDeadline(time.Now().Add(tcpStall))
+	n := int(binary.BigEndian.Uint16(length[:]))
+	buf = slices.Grow(buf[:0], n)[:n]
+	_, err := io.ReadFull(c, buf)
+	return buf, err
+}
+
+func (c *tcpConn) writeMessage(m []byte) error {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	_ = c.SetWriteDeadline(time.Now().Add(tcpStall))
+	out := make([]byte, 0, 2+len(m))
+	out = binary.BigEndian.AppendUint16(out, uint16(len(m)))
+	_, err := c.Write(append(out, m...))
+	return err
+}
