@@ -359,3 +359,12 @@ func TestForwarding(t *testing.T) {
 		t.Errorf("truncated by upstream: %s, %d over tcp", got, tcp.Load())
 	}
 }
+
+// endpointAt is a ready endpoint.
+func endpointAt(addr, host string) discoveryv1.Endpoint {
+	e := discoveryv1.Endpoint{Addresses: []string{addr}, Conditions: discoveryv1.EndpointConditions{Ready: ptr(true)}}
+	if host != "" {
+		e.Hostname = &host
+	}
+	return e
+}
