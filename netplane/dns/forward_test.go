@@ -302,6 +302,12 @@ func (n *fakeNet) set(addr string, fn func(*dns.Msg) *dns.Msg) {
 	n.mu.Unlock()
 }
 
+func (n *fakeNet) count(of map[string]int, addr string) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return of[addr]
+}
+
 func newFakeNet() *fakeNet {
 	return &fakeNet{servers: map[string]func(*dns.Msg) *dns.Msg{}, asked: map[string]int{}, probed: map[string]int{}}
 }
@@ -363,16 +369,16 @@ func TestHealth(t *testing.T) {
 			}
 		}
 		begun := time.Now()
-		before := n.asked[a]
+		before := n.count(n.asked, a)
 		for range 100 {
 			ask("www.example.org.")
 		}
-		if took := time.Since(begun); took != 0 || n.asked[a] != before {
-			t.Errorf("100 queries took %v and asked the dead upstream %d times", took, n.asked[a]-before)
+		if took := time.Since(begun); took != 0 || n.count(n.asked, a) != before {
+			t.Errorf("100 queries took %v and asked the dead upstream %d times", took, n.count(n.asked, a)-before)
 		}
-		probes := n.probed[a]
+		probes := n.count(n.probed, a)
 		time.Sleep(5 * time.Minute)
-		if more := n.probed[a] - probes; more < 15 || more > 25 {
+		if more := n.count(n.probed, a) - probes; more < 15 || more > 25 {
 			t.Errorf("%d probes in 5 minutes", more)
 		}
 		n.set(a, answersWith(t, 0, "198.51.100.1"))
@@ -409,9 +415,9 @@ func TestStale(t *testing.T) {
 		time.Sleep(40 * time.Second)
 		steps("NOERROR, A 198.51.100.1 for 30 s after 1.8s")
 		time.Sleep(3 * time.Second) // the refresh has ended
-		asked := n.asked[a]
+		asked := n.count(n.asked, a)
 		steps("NOERROR, A 198.51.100.1 for 30 s after 0s")
-		if n.asked[a] != asked {
+		if n.count(n.asked, a) != asked {
 			t.Error("the upstream was asked again at once")
 		}
 		time.Sleep(staleAgain)
@@ -449,8 +455,8 @@ func TestTogether(t *testing.T) {
 			})
 		}
 		all.Wait()
-		if n.asked[a] != 1 {
-			t.Errorf("asked %d times", n.asked[a])
+		if n.count(n.asked, a) != 1 {
+			t.Errorf("asked %d times", n.count(n.asked, a))
 		}
 	})
 }
