@@ -116,7 +116,12 @@ func rr(t testing.TB, s string) dns.RR {
 // serve runs a Server on loopback and returns its address.
 func serve(t testing.TB, s *Server) string {
 	t.Helper()
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
+	return serveAt(t, s, "127.0.0.1:0")
+}
+
+func serveAt(t testing.TB, s *Server, at string) string {
+	t.Helper()
+	pc, err := net.ListenPacket("udp", at)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -367,4 +372,16 @@ func endpointAt(addr, host string) discoveryv1.Endpoint {
 		e.Hostname = &host
 	}
 	return e
+}
+
+// TestIPv6 asks over IPv6.
+func TestIPv6(t *testing.T) {
+	s := New(Config{})
+	s.Set(NewZone(fixture()))
+	addr := serveAt(t, s, "[::1]:0")
+	for _, network := range []string{"udp", "tcp"} {
+		if got := brief(exchange(t, network, addr, new(dns.Msg).SetQuestion("web.default.svc.cluster.local.", dns.TypeAAAA))); got != "NOERROR, AAAA fd97::80" {
+			t.Errorf("over %s: %s", network, got)
+		}
+	}
 }

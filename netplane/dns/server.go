@@ -221,9 +221,7 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn, ln net.Listener) 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var busy sync.WaitGroup
-	for range udpReaders() {
-		busy.Go(func() { cancel(s.serveUDP(ctx, udp, &busy)) })
-	}
+	busy.Go(func() { cancel(s.serveUDP(ctx, udp, &busy)) })
 	busy.Go(func() { cancel(s.serveTCP(ctx, ln, &busy)) })
 	busy.Go(func() { s.forward.watch(ctx) })
 	<-ctx.Done()

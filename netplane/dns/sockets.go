@@ -6,16 +6,19 @@ import (
 	"errors"
 	"io"
 	"net"
-	"net/netip"
-	"runtime"
 	"slices"
 	"sync"
 	"time"
+
+	"golang.org/x/net/ipv4"
 )
 
 const (
 	// maxQuery bounds the datagrams that are read: no query is that long.
 	maxQuery = 4096
+	// batch is how many datagrams one system call receives or sends at most: these calls
+	// are most of the work.
+	batch = 32
 	// maxConns bounds the TCP connections, and maxPipelined the queries of one that wait
 	// for upstreams.
 	maxConns, maxPipelined = 256, 32
@@ -24,10 +27,6 @@ const (
 	tcpIdle, tcpStall = 10 * time.Second, 5 * time.Second
 )
 
-// udpReaders is how many loops read one UDP socket: the work beside the system calls
-// then uses all cores.
-func udpReaders() int { return min(runtime.GOMAXPROCS(0), 8) }
-
 // park copies the query that a worker read, for as long as it takes to answer it.
 func (w *worker) park() *query {
 	q := w.q
@@ -35,34 +34,71 @@ func (w *worker) park() *query {
 	return &q
 }
 
-// serveUDP answers datagrams until ctx ends or the socket fails.
+// datagrams are those that one system call receives, with what answering them takes, and
+// those that one system call sends.
+type datagrams struct {
+	in, out []ipv4.Message
+	workers []worker
+}
+
+func newDatagrams(n int) *datagrams {
+	d := &datagrams{make([]ipv4.Message, n), make([]ipv4.Message, n), make([]worker, n)}
+	for i := range n {
+		d.in[i].Buffers, d.out[i].Buffers = [][]byte{make([]byte, maxQuery)}, make([][]byte, 1)
+	}
+	return d
+}
+
+// serveUDP answers datagrams until ctx ends or the socket fails. There is one such loop for
+// a socket: several would wake each other for every packet.
 func (s *Server) serveUDP(ctx context.Context, conn *net.UDPConn, busy *sync.WaitGroup) error {
-	w := &worker{}
-	buf := make([]byte, maxQuery)
+	pc := ipv4.NewPacketConn(conn) // receives and sends IPv6 as well
+	d := newDatagrams(batch)
 	for {
-		n, from, err := conn.ReadFromUDPAddrPort(buf)
+		n, err := pc.ReadBatch(d.in, 0)
 		if err != nil {
 			return err
 		}
 		begun := time.Now()
-		answer, wait := s.quick(w, buf[:n], true)
-		switch {
-		case wait:
-			s.later(ctx, w.park(), busy, func(answer []byte) {
-				s.sendUDP(conn, answer, from)
-				s.metrics.latency.Observe(time.Since(begun).Seconds())
-			})
-		case answer != nil:
-			s.sendUDP(conn, answer, from)
-			s.metrics.latency.Observe(time.Since(begun).Seconds())
+		answers := 0
+		for i := range n {
+			w, from := &d.workers[i], d.in[i].Addr
+			answer, wait := s.quick(w, d.in[i].Buffers[0][:d.in[i].N], true)
+			switch {
+			case wait:
+				s.later(ctx, w.park(), busy, func(answer []byte) {
+					_, err := conn.WriteTo(answer, from)
+					s.sent(begun, 1, err)
+				})
+			case answer != nil:
+				d.out[answers].Buffers[0], d.out[answers].Addr = answer, from
+				answers++
+			}
 		}
+		s.sendBatch(pc, d.out[:answers], begun)
 	}
 }
 
-// sendUDP sends an answer. Whoever misses it asks again.
-func (s *Server) sendUDP(conn *net.UDPConn, answer []byte, to netip.AddrPort) {
-	if _, err := conn.WriteToUDPAddrPort(answer, to); err != nil {
-		s.log.Debug("dns answer not sent", "to", to, "err", err)
+// sendBatch sends answers. One that cannot be sent does not hold up the others.
+func (s *Server) sendBatch(pc *ipv4.PacketConn, out []ipv4.Message, begun time.Time) {
+	for len(out) > 0 {
+		n, err := pc.WriteBatch(out, 0)
+		if err != nil || n == 0 {
+			n = 1 // it is about the first one
+		}
+		s.sent(begun, n, err)
+		out = out[n:]
+	}
+}
+
+// sent notes that n answers went out, or that one did not. Whoever misses it asks again.
+func (s *Server) sent(begun time.Time, n int, err error) {
+	if err != nil {
+		s.log.Debug("dns answer not sent", "err", err)
+		return
+	}
+	for range n {
+		s.metrics.latency.Observe(time.Since(begun).Seconds())
 	}
 }
 
