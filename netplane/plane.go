@@ -159,7 +159,6 @@ func (p *Plane) Close() error { return errors.Join(p.health.Close(), p.closer())
 // Set tries all of it again.
 func (p *Plane) Set(ctx context.Context, d Desired) error {
 	table := render.Render(d)
-	zone := dns.NewZone(d)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var errs []error
@@ -171,7 +170,7 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 		errs = append(errs, p.lead(self, peers))
 	}
 	errs = append(errs, p.sync(ctx, table))
-	p.dns.Set(zone)
+	p.dns.Set(d)
 	p.checks = render.HealthChecks(d)
 	p.answer(ctx)
 	if p.address != d.DNS {

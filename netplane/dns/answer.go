@@ -41,7 +41,7 @@ const maxAliases = 8
 
 // answer answers for a name (in lower case) that the zone owns. If outside is not
 // empty, it is the name that the answer so far is an alias for.
-func (z *Zone) answer(name string, qtype uint16) (resp *dns.Msg, outside string) {
+func (z *zone) answer(name string, qtype uint16) (resp *dns.Msg, outside string) {
 	resp = new(dns.Msg)
 	resp.Authoritative = true
 	resp.Question = []dns.Question{{Name: name, Qtype: qtype, Qclass: dns.ClassINET}}
@@ -77,7 +77,7 @@ func anything(name string) dns.RR {
 }
 
 // lookup finds name (in lower case, fully qualified), which the zone owns.
-func (z *Zone) lookup(name string, qtype uint16) answer {
+func (z *zone) lookup(name string, qtype uint16) answer {
 	if name == z.domain {
 		return z.apex(qtype)
 	}
@@ -113,7 +113,7 @@ func only(yes bool, rr dns.RR) answer {
 	return answer{exists: true, rrs: []dns.RR{rr}}
 }
 
-func (z *Zone) apex(qtype uint16) answer {
+func (z *zone) apex(qtype uint16) answer {
 	switch qtype {
 	case dns.TypeSOA:
 		return only(true, z.soa(z.domain))
@@ -124,7 +124,7 @@ func (z *Zone) apex(qtype uint16) answer {
 }
 
 // soa is the record that says how long absence may be remembered (RFC 2308).
-func (z *Zone) soa(origin string) *dns.SOA {
+func (z *zone) soa(origin string) *dns.SOA {
 	return &dns.SOA{
 		Hdr: head(origin, dns.TypeSOA), Ns: "ns.dns." + z.domain, Mbox: "hostmaster." + z.domain,
 		Serial: 1, Refresh: 7200, Retry: 1800, Expire: 86400, Minttl: ttl,
@@ -136,17 +136,17 @@ func head(name string, t uint16) dns.RR_Header {
 }
 
 // serviceName answers for what is below svc; labels are those before it.
-func (z *Zone) serviceName(name string, labels []string, qtype uint16) answer {
+func (z *zone) serviceName(name string, labels []string, qtype uint16) answer {
 	n := len(labels)
 	switch {
 	case n == 0:
 		return answer{exists: true}
 	case n == 1:
-		return answer{exists: z.namespaces[labels[0]]}
+		return answer{exists: z.hasNamespace(labels[0])}
 	case n > 4:
 		return answer{}
 	}
-	e := z.services[key{labels[n-1], labels[n-2]}]
+	e := z.find(labels[n-1], labels[n-2])
 	if e == nil || e.empty() {
 		return answer{}
 	}
@@ -165,7 +165,7 @@ func (z *Zone) serviceName(name string, labels []string, qtype uint16) answer {
 }
 
 // whole answers for the service itself.
-func (z *Zone) whole(e *service, name string, qtype uint16) answer {
+func (z *zone) whole(e *service, name string, qtype uint16) answer {
 	if e.svc.Spec.Type == corev1.ServiceTypeExternalName {
 		target := dns.CanonicalName(e.svc.Spec.ExternalName)
 		_, err := netip.ParseAddr(e.svc.Spec.ExternalName)
@@ -225,7 +225,7 @@ func oneEndpoint(e *service, name, host string, qtype uint16) answer {
 }
 
 // portName answers for _port._proto.service.
-func (z *Zone) portName(e *service, name, port, proto string, qtype uint16) answer {
+func (z *zone) portName(e *service, name, port, proto string, qtype uint16) answer {
 	for i := range e.svc.Spec.Ports {
 		p := &e.svc.Spec.Ports[i]
 		if p.Name == "" || "_"+strings.ToLower(p.Name) != port || protoLabel(p.Protocol) != proto {
@@ -248,7 +248,7 @@ func protoLabel(p corev1.Protocol) string {
 }
 
 // srv adds the SRV records of one port, with the addresses of their targets.
-func (z *Zone) srv(a *answer, e *service, name string, p *corev1.ServicePort) {
+func (z *zone) srv(a *answer, e *service, name string, p *corev1.ServicePort) {
 	if !e.headless() {
 		a.addSRV(name, z.name(e), uint16(p.Port), render.ClusterIPs(e.svc)...)
 		return
@@ -290,29 +290,26 @@ func samePort(sp *discoveryv1.EndpointPort, p *corev1.ServicePort) bool {
 }
 
 // podName answers for address.namespace.pod: the label is the answer.
-func (z *Zone) podName(name string, labels []string, qtype uint16) answer {
+func (z *zone) podName(name string, labels []string, qtype uint16) answer {
 	switch len(labels) {
 	case 0:
 		return answer{exists: true}
 	case 1:
-		return answer{exists: z.namespaces[labels[0]]}
+		return answer{exists: z.hasNamespace(labels[0])}
 	case 2:
-		if a, ok := undashed(labels[0]); ok && z.namespaces[labels[1]] {
+		if a, ok := undashed(labels[0]); ok && z.hasNamespace(labels[1]) {
 			return addresses(name, qtype, a)
 		}
 	}
 	return answer{}
 }
 
-func (z *Zone) pointer(name string, qtype uint16) answer {
+func (z *zone) pointer(name string, qtype uint16) answer {
 	addr, ok := reverseAddr(name)
 	if !ok {
 		return answer{}
 	}
-	names := z.pods[addr]
-	if e := z.clusterIPs[addr]; e != nil {
-		names = []string{z.name(e)}
-	}
+	names := z.names(addr)
 	a := answer{exists: len(names) > 0}
 	for _, n := range names {
 		if qtype == dns.TypePTR {

@@ -13,7 +13,7 @@ import (
 
 func BenchmarkQuick(b *testing.B) {
 	s := New(Config{})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	for _, c := range []struct {
 		what, name string
 	}{
@@ -58,7 +58,7 @@ func BenchmarkNewZone(b *testing.B) {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				NewZone(d)
+				newZone(d)
 			}
 		})
 	}

@@ -173,7 +173,7 @@ func TestAnswers(t *testing.T) {
 		resp.Rcode = dns.RcodeNameError
 	})
 	s := New(Config{Upstreams: []string{up}})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	addr := serve(t, s)
 	for _, c := range []struct {
 		name  string
@@ -265,7 +265,7 @@ func mustReverse(t *testing.T, a string) string {
 
 func TestTruncation(t *testing.T) {
 	s := New(Config{})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	addr := serve(t, s)
 	req := new(dns.Msg).SetQuestion("many.default.svc.cluster.local.", dns.TypeA)
 	size := func(m *dns.Msg) int { m.Compress = true; return m.Len() } // as it was sent
@@ -292,7 +292,7 @@ func TestOddQueries(t *testing.T) {
 	if m := exchange(t, "udp", addr, web); m.Rcode != dns.RcodeServerFailure {
 		t.Errorf("before the first Set: %s", brief(m))
 	}
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	badVersion := web.Copy()
 	badVersion.SetEdns0(1232, false)
 	badVersion.IsEdns0().SetVersion(9)
@@ -350,7 +350,7 @@ func TestForwarding(t *testing.T) {
 	})
 	bad := nameserver(t, func(_ string, _, resp *dns.Msg) { resp.Rcode = dns.RcodeServerFailure })
 	s := New(Config{Upstreams: []string{bad, good}})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	addr := serve(t, s)
 	for range 3 {
 		if got := brief(exchange(t, "udp", addr, new(dns.Msg).SetQuestion("www.example.org.", dns.TypeA))); got != "NOERROR, A 192.0.2.7" {
@@ -377,7 +377,7 @@ func endpointAt(addr, host string) discoveryv1.Endpoint {
 // TestIPv6 asks over IPv6.
 func TestIPv6(t *testing.T) {
 	s := New(Config{})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	addr := serveAt(t, s, "[::1]:0")
 	for _, network := range []string{"udp", "tcp"} {
 		if got := brief(exchange(t, network, addr, new(dns.Msg).SetQuestion("web.default.svc.cluster.local.", dns.TypeAAAA))); got != "NOERROR, AAAA fd97::80" {

@@ -23,7 +23,7 @@ import (
 func TestUpstreams(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "resolv.conf")
 	s := New(Config{ResolvConf: path})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	f := s.forward
 	servers := func() (list []string) {
 		f.reload()
@@ -146,7 +146,7 @@ func TestForgedAnswers(t *testing.T) {
 		return append(out[:min(len(out), maxForged)], reply(t, req, "192.0.2.1", nil))
 	})
 	s := New(Config{Upstreams: []string{up}})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	addr := serve(t, s)
 	for i := range 20 {
 		name := fmt.Sprintf("n%d.example.org.", i)
@@ -187,7 +187,7 @@ func TestCase(t *testing.T) {
 		t.Cleanup(func() { _ = srv.Shutdown(); <-ended })
 	}
 	s := New(Config{Upstreams: []string{pc.LocalAddr().String()}})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	for i := range 5 {
 		name := fmt.Sprintf("a-name-with-many-letters-%d.example.org.", i)
 		e, _, err := s.forward.resolve(t.Context(), name, dns.TypeA, keyOf(t, name, dns.TypeA))
@@ -207,7 +207,7 @@ func TestSpelling(t *testing.T) {
 		resp.Answer = []dns.RR{rr(t, q+" 60 IN CNAME target."+q), rr(t, "target."+q+" 60 IN A 192.0.2.1")}
 	})
 	s := New(Config{Upstreams: []string{up}})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	addr := serve(t, s)
 	for _, name := range []string{"www.example.org.", "WWW.eXample.org.", "web.default.svc.cluster.local.", "wEb.Default.SVC.cluster.LOCAL."} {
 		m := exchange(t, "udp", addr, new(dns.Msg).SetQuestion(name, dns.TypeA))
@@ -232,7 +232,7 @@ func TestDeadUpstreams(t *testing.T) {
 	})
 	for name, dead := range map[string]string{"silent": silentUp, "refusing": gone.LocalAddr().String()} {
 		s := New(Config{Upstreams: []string{dead, good}})
-		s.Set(NewZone(fixture()))
+		s.Set(fixture())
 		addr := serve(t, s)
 		for i := range 3 {
 			q := fmt.Sprintf("n%d.example.org.", i)
@@ -356,7 +356,7 @@ func TestHealth(t *testing.T) {
 		n.set(a, dead)
 		n.set(b, answersWith(t, 0, "198.51.100.2"))
 		s := New(Config{Upstreams: []string{a, b}, Dial: n.dial})
-		s.Set(NewZone(fixture()))
+		s.Set(fixture())
 		ctx, cancel := context.WithCancel(t.Context())
 		var watching sync.WaitGroup
 		watching.Go(func() { s.forward.watch(ctx) })
@@ -396,7 +396,7 @@ func TestStale(t *testing.T) {
 		a := "192.0.2.1:53"
 		n.set(a, answersWith(t, 60, "198.51.100.1"))
 		s := New(Config{Upstreams: []string{a}, Dial: n.dial})
-		s.Set(NewZone(fixture()))
+		s.Set(fixture())
 		defer s.forward.busy.Wait()
 		ask := asker(t, s)
 		steps := func(want ...string) {
@@ -444,7 +444,7 @@ func TestTogether(t *testing.T) {
 			return answersWith(t, 60, "198.51.100.1")(req)
 		})
 		s := New(Config{Upstreams: []string{a}, Dial: n.dial})
-		s.Set(NewZone(fixture()))
+		s.Set(fixture())
 		ask := asker(t, s)
 		var all sync.WaitGroup
 		for range 100 {
@@ -477,7 +477,7 @@ func TestStubs(t *testing.T) {
 		stubs = append(stubs, stub)
 	}
 	s := New(Config{Upstreams: []string{serving("192.0.2.1")}, Stubs: stubs})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	addr := serve(t, s)
 	for name, want := range map[string]string{
 		"www.example.org.": "A 192.0.2.1", "corp.example.": "A 192.0.2.2", "a.CORP.example.": "A 192.0.2.2",
@@ -521,7 +521,7 @@ func TestLoop(t *testing.T) {
 		resp.Answer = []dns.RR{rr(t, req.Question[0].Name+" 60 IN A 192.0.2.7")}
 	})
 	s = New(Config{Upstreams: []string{back, good}})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	at := serve(t, s)
 	addr.Store(&at)
 	looped := s.forward.upstream.Load().servers[0]
@@ -565,7 +565,7 @@ func TestWithoutEDNS(t *testing.T) {
 		resp.Answer = []dns.RR{rr(t, req.Question[0].Name+" 60 IN A 192.0.2.7")}
 	})
 	s := New(Config{Upstreams: []string{up}})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	ask := asker(t, s)
 	for i := range 3 {
 		if got := ask(fmt.Sprintf("n%d.example.org.", i)); got != "NOERROR, A 192.0.2.7 for 60 s" {

@@ -20,6 +20,8 @@ import (
 
 	"github.com/miekg/dns"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"decree.dev/decree/netplane/render"
 )
 
 const (
@@ -67,7 +69,7 @@ type Server struct {
 
 // inForce is a zone with a number that no other one of this server has.
 type inForce struct {
-	*Zone
+	*zone
 	generation uint64
 }
 
@@ -100,16 +102,23 @@ func (s *Server) isSelf(a netip.Addr) bool {
 	return z != nil && a.Unmap() == z.server
 }
 
-// Set makes z what is answered from now on.
-func (s *Server) Set(z *Zone) {
+// Set makes the names of d what is answered from now on. It keeps d's objects and lists,
+// which must not be modified. It is quick if d has most of its objects in common with that
+// of the last Set.
+func (s *Server) Set(d render.Desired) {
 	s.setting.Lock()
 	defer s.setting.Unlock()
-	next := &inForce{Zone: z, generation: 1}
+	next := &inForce{generation: 1}
 	if old := s.zone.Load(); old != nil {
-		next.generation = old.generation + 1
-		if !old.sameNames(z) {
+		next.zone, next.generation = old.next(d), old.generation+1
+		if next.zone == old.zone {
+			return
+		}
+		if !old.sameNames(next.zone) {
 			s.cache.clear() // it may have answers from upstream for what is the cluster's now
 		}
+	} else {
+		next.zone = newZone(d)
 	}
 	s.zone.Store(next)
 }

@@ -21,7 +21,7 @@ func specCluster() render.Desired {
 	}
 	endpoints := func(svc string, family discoveryv1.AddressType, ports []discoveryv1.EndpointPort, eps ...discoveryv1.Endpoint) *discoveryv1.EndpointSlice {
 		return &discoveryv1.EndpointSlice{
-			ObjectMeta:  metav1.ObjectMeta{Namespace: "default", Labels: map[string]string{discoveryv1.LabelServiceName: svc}},
+			ObjectMeta:  metav1.ObjectMeta{Namespace: "default", Name: svc + "-" + string(family), Labels: map[string]string{discoveryv1.LabelServiceName: svc}},
 			AddressType: family, Ports: ports, Endpoints: eps,
 		}
 	}
@@ -83,7 +83,7 @@ func TestSpecification(t *testing.T) {
 		}
 	})
 	s := New(Config{Upstreams: []string{up}})
-	s.Set(NewZone(specCluster()))
+	s.Set(specCluster())
 	addr := serve(t, s)
 	const d = ".default.svc.cluster.local."
 	for _, c := range []struct {
@@ -186,7 +186,7 @@ func checkAdditional(t *testing.T, m *dns.Msg) {
 
 // TestOrigin: the zone of a reverse name is that of the smallest whole label.
 func TestOrigin(t *testing.T) {
-	z := NewZone(specCluster())
+	z := newZone(specCluster())
 	for name, want := range map[string]string{
 		"5.0.3.10.in-addr.arpa.": "0.3.10.in-addr.arpa.", "x.cluster.local.": "cluster.local.",
 		mustReverse(t, "2001:db8::9"):       strings.Join(strings.Split(mustReverse(t, "2001:db8::9"), ".")[4:], "."),

@@ -17,6 +17,8 @@ import (
 	"github.com/miekg/dns"
 	corev1 "k8s.io/api/core/v1"
 	"pgregory.net/rapid"
+
+	"decree.dev/decree/netplane/render"
 )
 
 // answerTo is what a server without sockets answers over UDP or TCP.
@@ -32,7 +34,7 @@ func answerTo(s *Server, msg []byte, udp bool) []byte {
 // TestTurns: every endpoint is first at times, and all are always there.
 func TestTurns(t *testing.T) {
 	s := New(Config{})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	msg, err := new(dns.Msg).SetQuestion("many.default.svc.cluster.local.", dns.TypeA).Pack()
 	if err != nil {
 		t.Fatal(err)
@@ -66,9 +68,10 @@ func TestFit(t *testing.T) {
 	d.Services = append(d.Services, svc("default", "srv", corev1.ServiceSpec{ClusterIP: "None", Ports: []corev1.ServicePort{{Name: "http", Port: 80}}}))
 	for i := range 40 {
 		d.Slices = append(d.Slices, slice("srv", "IPv4", endpointAt(fmt.Sprintf("10.98.9.%d", i), fmt.Sprintf("host-%d", i))))
+		d.Slices[len(d.Slices)-1].Name = fmt.Sprint("srv-", i)
 	}
 	s := New(Config{})
-	s.Set(NewZone(d))
+	s.Set(d)
 	rapid.Check(t, func(t *rapid.T) {
 		req := new(dns.Msg).SetQuestion(rapid.SampledFrom([]string{
 			"many.default.svc.cluster.local.", "_http._tcp.srv.default.svc.cluster.local.", "web.default.svc.cluster.local.", "nope.default.svc.cluster.local.",
@@ -130,7 +133,7 @@ func TestPipelining(t *testing.T) {
 		resp.Answer = []dns.RR{rr(t, req.Question[0].Name+" 60 IN A 192.0.2.1")}
 	})
 	s := New(Config{Upstreams: []string{up}})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	c := tcpDial(t, serve(t, s))
 	var sent []byte
 	for i, name := range []string{"slow.example.org.", "web.default.svc.cluster.local.", "nope.default.svc.cluster.local."} {
@@ -164,7 +167,7 @@ func TestPipelining(t *testing.T) {
 // TestTCPGarbage: who sends no query is disconnected; others are not.
 func TestTCPGarbage(t *testing.T) {
 	s := New(Config{})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	addr := serve(t, s)
 	good := tcpDial(t, addr)
 	for _, b := range [][]byte{{0, 1, 0}, slices.Concat([]byte{0, 12}, bytes.Repeat([]byte{0xff}, 12))} {
@@ -188,10 +191,10 @@ func TestTCPGarbage(t *testing.T) {
 // new one only.
 func TestSetWhileAsked(t *testing.T) {
 	d := fixture()
-	at := func(ip string) *Zone {
+	at := func(ip string) render.Desired {
 		next := d
 		next.Services = append(slices.Clone(d.Services), svc("default", "moves", corev1.ServiceSpec{ClusterIP: ip}))
-		return NewZone(next)
+		return next
 	}
 	s := New(Config{})
 	s.Set(at("10.97.1.0"))
@@ -226,7 +229,7 @@ func TestSetWhileAsked(t *testing.T) {
 // TestMemory: a flood of names that are not there does not fill more than the cache.
 func TestMemory(t *testing.T) {
 	s := New(Config{CacheBytes: 1 << 20})
-	s.Set(NewZone(fixture()))
+	s.Set(fixture())
 	for i := range 20_000 {
 		msg, err := new(dns.Msg).SetQuestion(fmt.Sprintf("n%d.default.svc.cluster.local.", i), dns.TypeA).Pack()
 		if err != nil {
@@ -243,7 +246,7 @@ func TestMemory(t *testing.T) {
 // longer than what may be sent for it.
 func FuzzQuery(f *testing.F) {
 	s := New(Config{CacheBytes: 1 << 20})
-	s.Set(NewZone(specCluster()))
+	s.Set(specCluster())
 	for _, name := range []string{"kubernetes.default.svc.cluster.local.", "1.0.3.10.in-addr.arpa.", "10-98-0-6.default.pod.cluster.local.", ".", "foo.default.svc.cluster.local.",
 		`a\.b\000.default.svc.cluster.local.`, strings.Repeat("a.", 110) + "cluster.local.", "_https._tcp.headless.default.svc.cluster.local."} {
 		for _, qtype := range []uint16{dns.TypeA, dns.TypeSRV, dns.TypeANY, dns.TypePTR, dns.TypeAXFR} {

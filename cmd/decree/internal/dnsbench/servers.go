@@ -138,7 +138,7 @@ func Serve(ctx context.Context, at, upstream string, names int) error {
 		d.Services = append(d.Services, &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "any", Namespace: namespace(i)}, Spec: corev1.ServiceSpec{ClusterIP: "10.111.255.1"}})
 	}
 	s := clusterdns.New(clusterdns.Config{Upstreams: []string{upstream}})
-	s.Set(clusterdns.NewZone(d))
+	s.Set(d)
 	pc, err := net.ListenPacket("udp", at)
 	if err != nil {
 		return err
