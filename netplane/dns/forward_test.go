@@ -520,6 +520,7 @@ func TestLoop(t *testing.T) {
 	good := nameserver(t, func(_ string, req, resp *dns.Msg) {
 		resp.Answer = []dns.RR{rr(t, req.Question[0].Name+" 60 IN A 192.0.2.7")}
 	})
+	elsewhere := scriptedAll(t, func(req *dns.Msg) *dns.Msg { return new(dns.Msg).SetRcode(req, dns.RcodeNameError) })
 	s = New(Config{Upstreams: []string{back, good}})
 	s.Set(fixture())
 	at := serve(t, s)
@@ -531,6 +532,11 @@ func TestLoop(t *testing.T) {
 	}
 	if got := brief(exchange(t, "udp", at, new(dns.Msg).SetQuestion("www.example.org.", dns.TypeA))); got != "NOERROR, A 192.0.2.7" {
 		t.Error(got)
+	}
+	addr.Store(&elsewhere)
+	looped.probe(t.Context())
+	if h := looped.health(); h != unsure {
+		t.Errorf("once it asks another server it counts as %v", h)
 	}
 }
 

@@ -25,7 +25,12 @@ const (
 // probes are those under way.
 type probes struct {
 	mu   sync.Mutex
-	sent map[string]*upstream
+	sent map[string]*probe
+}
+
+type probe struct {
+	to   *upstream
+	back bool // it came to this server
 }
 
 // send makes a name that shows when u leads back here.
@@ -36,16 +41,19 @@ func (p *probes) send(u *upstream) (name string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.sent == nil {
-		p.sent = map[string]*upstream{}
+		p.sent = map[string]*probe{}
 	}
-	p.sent[name] = u
+	p.sent[name] = &probe{to: u}
 	return name
 }
 
-func (p *probes) done(name string) {
+// done ends a probe and reports whether it came back.
+func (p *probes) done(name string) (back bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	back = p.sent[name].back
 	delete(p.sent, name)
+	return back
 }
 
 // seen notes a query from outside, and reports whether it is a probe of ours.
@@ -54,22 +62,24 @@ func (p *probes) seen(name string) bool {
 		return false
 	}
 	p.mu.Lock()
-	u := p.sent[name]
-	p.mu.Unlock()
-	if u != nil {
-		u.loops()
+	defer p.mu.Unlock()
+	sent := p.sent[name]
+	if sent == nil {
+		return false
 	}
-	return u != nil
+	sent.back = true
+	sent.to.loops()
+	return true
 }
 
 // loops notes that the upstream asks this server.
 func (u *upstream) loops() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if !u.told {
+	if u.state != looping {
 		u.f.log.Error("upstream name server asks the cluster DNS in return, and is left out; name another one in the node's resolv.conf or as the stub domain's server", "server", u.addr)
 	}
-	u.state, u.told = looping, true
+	u.state = looping
 }
 
 // watch follows resolv.conf and probes upstreams, each when it is new and whenever it does
@@ -128,16 +138,16 @@ func (u *upstream) probeDue(now time.Duration) (due time.Duration, ok bool) {
 // probe asks the upstream for a name that nobody has. Any answer will do.
 func (u *upstream) probe(ctx context.Context) {
 	name := u.f.probes.send(u)
-	defer u.f.probes.done(name)
-	u.mu.Lock()
-	if u.state == looping {
-		u.state = failing // until this probe comes by, or not
-	}
-	u.mu.Unlock()
 	_, err := u.exchange(ctx, name, dns.TypeA, 0)
+	back := u.f.probes.done(name)
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	if err == nil && u.state != looping {
-		u.due, u.wait = never, 0
+	if err != nil || back {
+		return
 	}
+	if u.state == looping {
+		u.f.log.Info("upstream name server does not ask the cluster DNS any more", "server", u.addr)
+		u.state = unsure
+	}
+	u.due, u.wait = never, 0
 }

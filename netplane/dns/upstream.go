@@ -40,7 +40,6 @@ type upstream struct {
 	failures int
 	// folds: it does not keep the case of names. plain: it does not know EDNS.
 	folds, plain bool
-	told         bool // that it loops
 	// due is when to probe it next, and wait how long after that once more.
 	due, wait time.Duration
 }
@@ -60,7 +59,7 @@ func (u *upstream) answered() {
 	defer u.mu.Unlock()
 	if u.state == failing {
 		u.f.log.Info("upstream name server answers again", "server", u.addr)
-		u.state, u.told = unsure, false
+		u.state = unsure
 	}
 	u.failures = 0
 }
