@@ -115,7 +115,10 @@ func (f *forwarder) upstreams(addrs []netip.AddrPort) (list []*upstream) {
 
 // reload reads resolv.conf if it has changed. Upstreams that stay keep their health.
 func (f *forwarder) reload() {
-	servers, rotate, changed := f.conf.read()
+	servers, rotate, changed, err := f.conf.read()
+	if err != nil {
+		f.log.Warn("names outside the cluster: nobody new to ask", "err", err)
+	}
 	if !changed {
 		return
 	}
@@ -129,6 +132,10 @@ func (f *forwarder) reload() {
 		}
 	}
 	f.upstream.Store(next)
+	if len(servers) == 0 {
+		f.log.Warn("names outside the cluster are not known: there is no nameserver line", "file", f.conf.path)
+		return
+	}
 	f.log.Info("upstream name servers", "file", f.conf.path, "servers", servers, "rotate", rotate)
 }
 

@@ -43,21 +43,29 @@ func ParseStub(text string) (Stub, error) {
 type resolvConf struct {
 	path string
 	text []byte
+	err  error
 }
 
-// read returns what the file says, if that has changed. While it is being replaced it
-// may not be there: then what it said counts.
-func (c *resolvConf) read() (servers []netip.AddrPort, rotate, changed bool) {
+// read returns what the file says, if that has changed, or why it cannot be read, if that
+// has. A file that is being replaced may not be there: then what it said counts.
+func (c *resolvConf) read() (servers []netip.AddrPort, rotate, changed bool, err error) {
 	if c.path == "" {
-		return nil, false, false
+		return nil, false, false, nil
 	}
 	text, err := os.ReadFile(c.path)
-	if err != nil || bytes.Equal(text, c.text) {
-		return nil, false, false
+	news := err != nil && c.err == nil
+	if c.err = err; err != nil {
+		if news {
+			return nil, false, false, fmt.Errorf("read the node's name servers: %w", err)
+		}
+		return nil, false, false, nil
+	}
+	if bytes.Equal(text, c.text) {
+		return nil, false, false, nil
 	}
 	c.text = text
 	servers, rotate = parseResolvConf(string(text))
-	return servers, rotate, true
+	return servers, rotate, true, nil
 }
 
 // parseResolvConf returns the name servers, and whether they shall take turns.

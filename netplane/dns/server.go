@@ -108,19 +108,19 @@ func (s *Server) isSelf(a netip.Addr) bool {
 func (s *Server) Set(d render.Desired) {
 	s.setting.Lock()
 	defer s.setting.Unlock()
-	next := &inForce{generation: 1}
-	if old := s.zone.Load(); old != nil {
-		next.zone, next.generation = old.next(d), old.generation+1
-		if next.zone == old.zone {
-			return
-		}
-		if !old.sameNames(next.zone) {
-			s.cache.clear() // it may have answers from upstream for what is the cluster's now
-		}
-	} else {
-		next.zone = newZone(d)
+	old := s.zone.Load()
+	if old == nil {
+		s.zone.Store(&inForce{newZone(d), 1})
+		return
 	}
-	s.zone.Store(next)
+	next := old.next(d)
+	if next == old.zone {
+		return
+	}
+	s.zone.Store(&inForce{next, old.generation + 1})
+	if !old.sameNames(next) {
+		s.cache.clear() // it may have answers from upstream for what is the cluster's now
+	}
 }
 
 // worker is what one loop needs to answer without allocating.

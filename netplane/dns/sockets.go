@@ -19,9 +19,9 @@ const (
 	// batch is how many datagrams one system call receives or sends at most: these calls
 	// are most of the work.
 	batch = 32
-	// maxConns bounds the TCP connections, and maxPipelined the queries of one that wait
-	// for upstreams.
-	maxConns, maxPipelined = 256, 32
+	// maxConns bounds the TCP connections, maxClientConns those of one address, and
+	// maxPipelined the queries of one that wait for upstreams.
+	maxConns, maxClientConns, maxPipelined = 512, 32, 32
 	// tcpIdle is how long a connection may be without a query (RFC 7766, 6.2.3), and
 	// tcpStall how long a message may take.
 	tcpIdle, tcpStall = 10 * time.Second, 5 * time.Second
@@ -117,26 +117,57 @@ func (s *Server) later(ctx context.Context, q *query, busy *sync.WaitGroup, send
 
 // serveTCP accepts connections until ctx ends or the listener fails.
 func (s *Server) serveTCP(ctx context.Context, ln net.Listener, busy *sync.WaitGroup) error {
-	slots := make(chan struct{}, maxConns)
+	open := clients{}
 	for {
 		conn, err := ln.Accept()
 		if err != nil {
 			return err
 		}
-		select {
-		case slots <- struct{}{}:
-		default:
+		client, ok := open.add(conn)
+		if !ok {
 			s.metrics.dropped.Inc()
 			conn.Close()
 			continue
 		}
 		busy.Go(func() {
-			defer func() { <-slots }()
+			defer open.remove(client)
 			c := &tcpConn{server: s, Conn: conn}
 			if err := c.serve(ctx); err != nil && !errors.Is(err, io.EOF) {
 				s.log.Debug("dns connection ended", "from", conn.RemoteAddr(), "err", err)
 			}
 		})
+	}
+}
+
+// clients counts TCP connections, so that no pod takes those of others.
+type clients struct {
+	mu   sync.Mutex
+	all  int
+	each map[string]int // by address
+}
+
+// add counts a connection, unless there are too many.
+func (c *clients) add(conn net.Conn) (client string, ok bool) {
+	client, _, _ = net.SplitHostPort(conn.RemoteAddr().String())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.all >= maxConns || c.each[client] >= maxClientConns {
+		return client, false
+	}
+	if c.each == nil {
+		c.each = map[string]int{}
+	}
+	c.all++
+	c.each[client]++
+	return client, true
+}
+
+func (c *clients) remove(client string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.all--
+	if c.each[client]--; c.each[client] == 0 {
+		delete(c.each, client)
 	}
 }
 
@@ -168,9 +199,10 @@ func (c *tcpConn) serve(ctx context.Context) error {
 		answer, wait := c.server.quick(w, buf, false)
 		if wait {
 			pipelined <- struct{}{} // a client in a hurry waits here
+			c.server.waiting <- struct{}{}
 			q := w.park()
 			busy.Go(func() {
-				defer func() { <-pipelined }()
+				defer func() { <-pipelined; <-c.server.waiting }()
 				_ = c.writeMessage(c.server.slow(ctx, q, false)) // reading fails as well
 				c.server.metrics.latency.Observe(time.Since(begun).Seconds())
 			})

@@ -164,6 +164,39 @@ func TestPipelining(t *testing.T) {
 	}
 }
 
+// TestConnections: one client cannot take all connections, and gives back what it closes.
+func TestConnections(t *testing.T) {
+	s := New(Config{})
+	s.Set(fixture())
+	addr := serve(t, s)
+	web := new(dns.Msg).SetQuestion("web.default.svc.cluster.local.", dns.TypeA)
+	works := func(c *dns.Conn) bool {
+		if c.WriteMsg(web) != nil {
+			return false
+		}
+		_, err := c.ReadMsg()
+		return err == nil
+	}
+	var all []*dns.Conn
+	for range maxClientConns {
+		c := tcpDial(t, addr)
+		if !works(c) {
+			t.Fatalf("connection %d is refused", len(all))
+		}
+		all = append(all, c)
+	}
+	if works(tcpDial(t, addr)) {
+		t.Error("one more than allowed is served")
+	}
+	all[0].Close()
+	for range 1000 { // until the server has seen that
+		if works(tcpDial(t, addr)) {
+			return
+		}
+	}
+	t.Error("a place that became free is not given to anybody")
+}
+
 // TestTCPGarbage: who sends no query is disconnected; others are not.
 func TestTCPGarbage(t *testing.T) {
 	s := New(Config{})
@@ -333,4 +366,91 @@ func FuzzUpstream(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestFlags: what clients say of DNSSEC reaches upstream, keeps answers apart, and comes
+// back to those only who asked (RFC 6840, 5.7 and 5.8).
+func TestFlags(t *testing.T) {
+	up := nameserver(t, func(_ string, req, resp *dns.Msg) {
+		resp.AuthenticatedData = req.AuthenticatedData && !req.CheckingDisabled
+		resp.Answer = []dns.RR{rr(t, fmt.Sprintf("%s 60 IN TXT \"do %t cd %t\"", req.Question[0].Name, req.IsEdns0() != nil && req.IsEdns0().Do(), req.CheckingDisabled))}
+	})
+	s := New(Config{Upstreams: []string{up}})
+	s.Set(fixture())
+	addr := serve(t, s)
+	for range 2 { // the second time from memory
+		for _, c := range []struct {
+			ad, cd, do bool
+			want       string
+			wantAD     bool
+		}{
+			{false, false, false, "do false cd false", false},
+			{true, false, false, "do false cd false", true},
+			{false, false, true, "do true cd false", true},
+			{false, true, true, "do true cd true", false},
+		} {
+			req := new(dns.Msg).SetQuestion("www.example.org.", dns.TypeTXT)
+			req.AuthenticatedData, req.CheckingDisabled = c.ad, c.cd
+			if c.do {
+				req.SetEdns0(1232, true)
+			}
+			m := exchange(t, "udp", addr, req)
+			if got := m.Answer[0].(*dns.TXT).Txt[0]; got != c.want || m.AuthenticatedData != c.wantAD || m.CheckingDisabled != c.cd {
+				t.Errorf("%+v: %s, ad %t, cd %t", c, got, m.AuthenticatedData, m.CheckingDisabled)
+			}
+		}
+	}
+}
+
+// TestMalformed: what no client of a resolver sends is told so, in as few bytes as can be.
+func TestMalformed(t *testing.T) {
+	s := New(Config{})
+	s.Set(fixture())
+	good := func(change func(m *dns.Msg)) []byte {
+		m := new(dns.Msg).SetQuestion("web.default.svc.cluster.local.", dns.TypeA)
+		change(m)
+		b, err := m.Pack()
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	edns := good(func(m *dns.Msg) { m.SetEdns0(1232, false) })
+	named := slices.Clone(edns)
+	named[len(named)-optSize] = 1 // the name of OPT
+	named = slices.Insert(named, len(named)-optSize+1, 'x', 0)
+	pointer := slices.Concat(edns[:headerSize], []byte{0xc0, 12, 0, 1, 0, 1})
+	pointer[11] = 0
+	for name, c := range map[string]struct {
+		msg   []byte
+		rcode int
+	}{
+		"two OPT": {good(func(m *dns.Msg) {
+			m.SetEdns0(1232, false)
+			m.Extra = append(m.Extra, m.Extra[0])
+		}), dns.RcodeFormatError},
+		"OPT with a name":   {named, dns.RcodeFormatError},
+		"OPT in authority":  {good(func(m *dns.Msg) { m.SetEdns0(1232, false); m.Ns, m.Extra = m.Extra, nil }), dns.RcodeFormatError},
+		"cut":               {edns[:len(edns)-1], dns.RcodeFormatError},
+		"name is a pointer": {pointer, dns.RcodeFormatError},
+		"an answer in it":   {good(func(m *dns.Msg) { m.Answer = []dns.RR{rr(t, "a. 1 IN A 192.0.2.1")} }), dns.RcodeFormatError},
+		"notify":            {good(func(m *dns.Msg) { m.Opcode = dns.OpcodeNotify }), dns.RcodeNotImplemented},
+		"type OPT":          {good(func(m *dns.Msg) { m.Question[0].Qtype = dns.TypeOPT }), dns.RcodeFormatError},
+		"class ANY":         {good(func(m *dns.Msg) { m.Question[0].Qclass = dns.ClassANY }), dns.RcodeRefused},
+		"an unknown option": {good(func(m *dns.Msg) {
+			m.SetEdns0(1232, false)
+			o := m.IsEdns0()
+			o.Option = append(o.Option, &dns.EDNS0_LOCAL{Code: 65001, Data: []byte("x")})
+		}), dns.RcodeSuccess},
+		"something after it": {append(slices.Clone(edns), 1, 2, 3), dns.RcodeSuccess},
+	} {
+		answer := answerTo(s, c.msg, true)
+		m := new(dns.Msg)
+		if err := m.Unpack(answer); err != nil || m.Rcode != c.rcode {
+			t.Errorf("%s: %v, %v; want %s", name, m, err, dns.RcodeToString[c.rcode])
+		}
+		if c.rcode != dns.RcodeSuccess && len(answer) > len(c.msg) {
+			t.Errorf("%s: %d bytes for %d", name, len(answer), len(c.msg))
+		}
+	}
 }
