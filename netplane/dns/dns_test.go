@@ -70,17 +70,29 @@ func fixture() render.Desired {
 	}
 }
 
+// sockets are two with the same port, which may take a few tries.
+func sockets(t testing.TB, at string) (net.PacketConn, net.Listener) {
+	t.Helper()
+	var errs []error
+	for range 50 {
+		ln, err := net.Listen("tcp", at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pc, err := net.ListenPacket("udp", ln.Addr().String())
+		if err == nil {
+			return pc, ln
+		}
+		errs = append(errs, err, ln.Close())
+	}
+	t.Fatal(errors.Join(errs...))
+	return nil, nil
+}
+
 // nameserver is one that answers, apart from probes, as fn says, on loopback.
 func nameserver(t testing.TB, fn func(network string, req, resp *dns.Msg)) string {
 	t.Helper()
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ln, err := net.Listen("tcp", pc.LocalAddr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	pc, ln := sockets(t, "127.0.0.1:0")
 	for _, srv := range []*dns.Server{{PacketConn: pc}, {Listener: ln}} {
 		network := "tcp"
 		if srv.PacketConn != nil {
@@ -121,14 +133,7 @@ func serve(t testing.TB, s *Server) string {
 
 func serveAt(t testing.TB, s *Server, at string) string {
 	t.Helper()
-	pc, err := net.ListenPacket("udp", at)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ln, err := net.Listen("tcp", pc.LocalAddr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	pc, ln := sockets(t, at)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Serve(ctx, pc, ln) }()

@@ -160,14 +160,7 @@ func TestForgedAnswers(t *testing.T) {
 // servers that never keep the spelling are asked by TCP once, and then without.
 func TestCase(t *testing.T) {
 	var tcp, udp atomic.Int32
-	pc, err := net.ListenPacket("udp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	ln, err := net.Listen("tcp", pc.LocalAddr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
+	pc, ln := sockets(t, "127.0.0.1:0")
 	fold := func(n *atomic.Int32) dns.HandlerFunc {
 		return func(w dns.ResponseWriter, req *dns.Msg) {
 			if !strings.HasSuffix(dns.CanonicalName(req.Question[0].Name), probeDomain) {
@@ -431,6 +424,36 @@ func TestStale(t *testing.T) {
 		time.Sleep(time.Minute + maxStale + time.Second)
 		steps("SERVFAIL after 4.5s")
 		steps("SERVFAIL after 0s") // it is remembered that nobody knows
+	})
+}
+
+// TestStaleExcuse: an upstream that answers that it does not know is left alone with that
+// question for a while.
+func TestStaleExcuse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNet()
+		a := "192.0.2.1:53"
+		n.set(a, answersWith(t, 10, "198.51.100.1"))
+		s := New(Config{Upstreams: []string{a}, Dial: n.dial})
+		s.Set(fixture())
+		defer s.forward.busy.Wait()
+		ask := asker(t, s)
+		ask("www.example.org.")
+		n.set(a, func(req *dns.Msg) *dns.Msg { return new(dns.Msg).SetRcode(req, dns.RcodeServerFailure) })
+		time.Sleep(10 * time.Second)
+		for range staleAgain / time.Second {
+			if got := ask("www.example.org."); got != "NOERROR, A 198.51.100.1 for 30 s" {
+				t.Error(got)
+			}
+			time.Sleep(time.Second)
+		}
+		if got := n.count(n.asked, a); got != 2 {
+			t.Errorf("asked %d times, want 2", got)
+		}
+		ask("www.example.org.")
+		if got := n.count(n.asked, a); got != 3 {
+			t.Errorf("asked %d times after that, want 3", got)
+		}
 	})
 }
 
