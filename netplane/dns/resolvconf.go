@@ -22,7 +22,7 @@ type Stub struct {
 func ParseStub(text string) (Stub, error) {
 	domain, list, ok := strings.Cut(text, "=")
 	if _, valid := dns.IsDomainName(domain); !ok || !valid || domain == "" || list == "" {
-		return Stub{}, fmt.Errorf("stub domain %q: want DOMAIN=ADDRESS[:PORT],...", text)
+		return Stub{}, fmt.Errorf("stub domain %q: want DOMAIN=ADDRESS[:PORT][,ADDRESS[:PORT]]", text)
 	}
 	stub := Stub{Domain: dns.CanonicalName(domain)}
 	for s := range strings.SplitSeq(list, ",") {

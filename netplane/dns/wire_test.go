@@ -454,3 +454,26 @@ func TestMalformed(t *testing.T) {
 		}
 	}
 }
+
+// TestDomainChanges: what upstream said of a name is not said of it once it is the
+// cluster's.
+func TestDomainChanges(t *testing.T) {
+	up := nameserver(t, func(_ string, req, resp *dns.Msg) {
+		resp.Answer = []dns.RR{rr(t, req.Question[0].Name+" 60 IN A 192.0.2.1")}
+	})
+	s := New(Config{Upstreams: []string{up}})
+	s.Set(fixture())
+	ask := asker(t, s)
+	if got := ask("web.default.svc.other.test."); got != "NOERROR, A 192.0.2.1 for 60 s" {
+		t.Error(got)
+	}
+	d := fixture()
+	d.Domain = "other.test"
+	s.Set(d)
+	if got := ask("web.default.svc.other.test."); got != "NOERROR, A 10.97.0.80 for 5 s" {
+		t.Error(got)
+	}
+	if got := ask("web.default.svc.cluster.local."); got != "NOERROR, A 192.0.2.1 for 60 s" {
+		t.Error(got)
+	}
+}
