@@ -132,6 +132,9 @@ func (f *forwarder) reload() {
 		}
 	}
 	f.upstream.Store(next)
+	for _, u := range old {
+		u.ports.close() // also of those that stay: how they are reached may have changed
+	}
 	if len(servers) == 0 {
 		f.log.Warn("names outside the cluster are not known: there is no nameserver line", "file", f.conf.path)
 		return

@@ -193,6 +193,40 @@ func TestCase(t *testing.T) {
 	}
 }
 
+// TestPorts: no port is used for long, and none after an answer that did not come.
+func TestPorts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := newFakeNet()
+		a := "192.0.2.1:53"
+		n.set(a, answersWith(t, 0, "198.51.100.1"))
+		dialled := 0
+		s := New(Config{Upstreams: []string{a}, Dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+			dialled++
+			return n.dial(ctx, network, address)
+		}})
+		s.Set(fixture())
+		ask := asker(t, s)
+		for range 10 * portUses {
+			ask("www.example.org.")
+		}
+		if dialled != 10 {
+			t.Errorf("%d ports for %d questions", dialled, 10*portUses)
+		}
+		ask("www.example.org.")
+		time.Sleep(portAge + 1)
+		ask("www.example.org.")
+		if dialled != 12 {
+			t.Errorf("%d ports after a pause, want 12", dialled)
+		}
+		n.set(a, dead)
+		ask("www.example.org.")
+		n.set(a, answersWith(t, 0, "198.51.100.1"))
+		if before := dialled; len(s.forward.upstream.Load().servers[0].ports.free) != 0 {
+			t.Errorf("a port without an answer is kept; %d", before)
+		}
+	})
+}
+
 // TestSpelling: clients get names back as they wrote them, and never in our random case.
 func TestSpelling(t *testing.T) {
 	up := nameserver(t, func(_ string, req, resp *dns.Msg) {
@@ -317,6 +351,7 @@ func dead(*dns.Msg) *dns.Msg { return nil }
 
 // asker asks a server without sockets.
 func asker(t testing.TB, s *Server) func(name string) string {
+	t.Cleanup(s.forward.close)
 	return func(name string) string {
 		t.Helper()
 		msg, err := new(dns.Msg).SetQuestion(name, dns.TypeA).Pack()

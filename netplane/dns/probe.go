@@ -120,6 +120,13 @@ func (f *forwarder) all() (list []*upstream) {
 	return list
 }
 
+// close closes the sockets that are kept for the next questions.
+func (f *forwarder) close() {
+	for _, u := range f.all() {
+		u.ports.close()
+	}
+}
+
 // never is when an upstream is due that works.
 const never time.Duration = -1
 

@@ -46,7 +46,7 @@ type Config struct {
 	// Stubs are domains with name servers of their own. The longest one that a name is
 	// in counts; those of the cluster stay the cluster's.
 	Stubs []Stub
-	// Dial opens connections to upstreams. Each question goes out from a port of its own.
+	// Dial opens connections to upstreams, each from a port that the system chooses.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	// CacheBytes bounds the answers remembered; zero: DefaultCacheBytes.
 	CacheBytes int
@@ -237,5 +237,6 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn, ln net.Listener) 
 	_, _ = pc.Close(), ln.Close()
 	busy.Wait()
 	s.forward.busy.Wait()
+	s.forward.close()
 	return fmt.Errorf("dns server: %w", context.Cause(ctx))
 }

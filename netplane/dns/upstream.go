@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"strings"
 	"sync"
@@ -32,8 +33,9 @@ const (
 
 // upstream is a name server that is asked for names outside the cluster.
 type upstream struct {
-	addr netip.AddrPort
-	f    *forwarder
+	addr  netip.AddrPort
+	f     *forwarder
+	ports ports
 
 	mu       sync.Mutex
 	state    health
@@ -159,29 +161,46 @@ func shuffleCase(name string) string {
 	return string(b)
 }
 
-// ask sends req from a socket of its own, and thus from a random port, and waits for the
-// answer to it.
+// ask sends req and waits for the answer to it. Its port is random, by UDP that of one of
+// some sockets.
 func (u *upstream) ask(ctx context.Context, network string, req *dns.Msg) (*dns.Msg, error) {
-	conn, err := u.f.dial(ctx, network, u.addr.String())
-	if err != nil {
-		return nil, err
+	now := u.f.now()
+	s, ok := port{}, false
+	if network == "udp" {
+		s, ok = u.ports.take(now)
 	}
-	defer conn.Close()
+	if !ok {
+		conn, err := u.f.dial(ctx, network, u.addr.String())
+		if err != nil {
+			return nil, err
+		}
+		s = port{Conn: conn, opened: now}
+	}
 	if t, ok := ctx.Deadline(); ok {
-		_ = conn.SetDeadline(t)
+		_ = s.SetDeadline(t)
 	}
-	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
-	defer stop()
+	stop := context.AfterFunc(ctx, func() { _ = s.SetDeadline(time.Unix(1, 0)) })
+	m, err := askOn(s.Conn, network, req)
+	if stop() && err == nil && network == "udp" {
+		u.ports.give(s)
+	} else {
+		s.Close()
+	}
+	return m, err
+}
+
+// askOn asks by a connection with a deadline.
+func askOn(conn net.Conn, network string, req *dns.Msg) (*dns.Msg, error) {
 	c := &dns.Conn{Conn: conn, UDPSize: maxQuery}
 	if err := c.WriteMsg(req); err != nil {
 		return nil, err
 	}
+	asked := req.Question[0]
 	for forged := 0; ; {
 		m, err := c.ReadMsg()
 		if err != nil && (m == nil || network == "tcp") && !errors.Is(err, dns.ErrShortRead) {
 			return nil, err
 		}
-		asked := req.Question[0]
 		switch {
 		case m != nil && m.Truncated && m.Id == req.Id: // whatever of it could be read
 			return m, nil
