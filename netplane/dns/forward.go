@@ -230,7 +230,7 @@ func (f *forwarder) fetch(ctx context.Context, a asking) (*entry, error) {
 	e := &entry{key: a.key, born: now}
 	if err == nil {
 		e.rcode, e.dies = m.Rcode, now+lifetime(m)
-		if e.packed, err = pack(m, wireName); err == nil {
+		if e.packed, err = repack(m, wireName); err == nil {
 			if e.dies > now {
 				f.cache.put(e)
 			}
@@ -251,6 +251,19 @@ func (f *forwarder) fetch(ctx context.Context, a asking) (*entry, error) {
 		f.cache.put(e)
 	}
 	return nil, err
+}
+
+// repack packs an upstream's answer, if clients will be able to read it: there are records
+// that can be read and, once written, cannot.
+func repack(m *dns.Msg, name []byte) (*packed, error) {
+	p, err := pack(m, name)
+	if err != nil {
+		return nil, err
+	}
+	if err := new(dns.Msg).Unpack(p.wire); err != nil {
+		return nil, fmt.Errorf("%w: %w", errUnpackable, err)
+	}
+	return p, nil
 }
 
 // ask asks one upstream after the other.

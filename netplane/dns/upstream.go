@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -230,22 +231,18 @@ func sameQuestion(m *dns.Msg, q dns.Question) bool {
 func clean(m *dns.Msg, name string, qtype uint16) *dns.Msg {
 	out := &dns.Msg{Question: []dns.Question{{Name: name, Qtype: qtype, Qclass: dns.ClassINET}}}
 	out.Rcode, out.AuthenticatedData, out.Truncated = m.Rcode, m.AuthenticatedData, m.Truncated
-	out.Answer, out.Ns = lowered(m.Answer), lowered(m.Ns)
-	for _, rr := range lowered(m.Extra) {
-		if rr.Header().Rrtype != dns.TypeOPT {
-			out.Extra = append(out.Extra, rr)
-		}
-	}
+	out.Answer, out.Ns, out.Extra = lowered(m.Answer), lowered(m.Ns), lowered(m.Extra)
 	return out
 }
 
 func lowered(rrs []dns.RR) []dns.RR {
-	for _, rr := range rrs {
+	return slices.DeleteFunc(rrs, func(rr dns.RR) bool {
 		h := rr.Header()
 		h.Name = dns.CanonicalName(h.Name)
 		if c, ok := rr.(*dns.CNAME); ok {
 			c.Target = dns.CanonicalName(c.Target)
 		}
-	}
-	return rrs
+		// EDNS and signatures of messages.
+		return h.Rrtype == dns.TypeOPT || h.Rrtype == dns.TypeSIG || h.Rrtype >= dns.TypeTKEY && h.Rrtype <= dns.TypeANY
+	})
 }

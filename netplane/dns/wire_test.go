@@ -351,11 +351,12 @@ func FuzzUpstream(f *testing.F) {
 		if rcode := q.read(name); rcode != dns.RcodeSuccess {
 			t.Fatal(rcode)
 		}
-		p, err := pack(clean(m, "www.example.org.", dns.TypeA), q.name())
+		m = clean(m, "www.example.org.", dns.TypeA)
+		lifetime(m)
+		p, err := repack(m, q.name())
 		if err != nil {
 			return // SERVFAIL
 		}
-		lifetime(m)
 		for _, limit := range []int{dns.MinMsgSize, udpSize, dns.MaxMsgSize} {
 			out := p.append(nil, &q, delivery{limit: limit, age: 7, turn: 5})
 			if len(out) > limit {
