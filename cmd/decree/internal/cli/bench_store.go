@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -53,13 +54,13 @@ a server that was started from it has answered a read; for etcd this needs etcdc
 				}
 				fmt.Fprintf(e.Out, "%-45s %-7s%s\n", s.What, s.Store, inColumns(s))
 			}
-			if err := storebench.Run(c.Context(), cfg); err != nil {
-				return fmt.Errorf("bench store: %w", err)
+			if err = storebench.Run(c.Context(), cfg); err != nil {
+				err = fmt.Errorf("bench store: %w", err)
 			}
-			if *output == "json" {
-				return e.writeJSON(samples)
+			if *output == "json" { // what was measured before an error too
+				err = errors.Join(err, e.writeJSON(samples))
 			}
-			return nil
+			return err
 		},
 	}
 	f := c.Flags()

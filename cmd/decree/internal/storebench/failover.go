@@ -2,6 +2,7 @@ package storebench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 )
@@ -12,10 +13,10 @@ const killFor = 2 * time.Minute
 
 // failover kills leaders and measures until the next write is acknowledged. What was
 // measured before an error counts.
-func (b *bench) failover(ctx context.Context) {
+func (b *bench) failover(ctx context.Context) (errs error) {
 	const what = "leader killed to next acknowledged write"
 	if !b.wanted(what) || b.Kills == 0 {
-		return
+		return nil
 	}
 	for _, t := range b.targets {
 		var times []time.Duration
@@ -32,9 +33,11 @@ func (b *bench) failover(ctx context.Context) {
 		s.Store, s.What, s.Value, s.Unit = t.name(), what, float64(len(times)), "kills"
 		if err != nil {
 			s.LastErr = err.Error()
+			errs = errors.Join(errs, fmt.Errorf("%s: %w", t.name(), err))
 		}
 		b.say(s)
 	}
+	return errs
 }
 
 // kill ends the leader once, and starts it again.

@@ -8,6 +8,7 @@ package storebench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"slices"
@@ -120,8 +121,7 @@ func Run(ctx context.Context, cfg Config) error {
 	})
 	b.fanOut(ctx)
 	b.elections(ctx)
-	b.failover(ctx)
-	return b.size(ctx)
+	return errors.Join(b.failover(ctx), b.size(ctx))
 }
 
 // fillFor bounds the wall time in which a store takes the objects of a measurement.

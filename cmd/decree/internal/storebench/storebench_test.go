@@ -117,7 +117,9 @@ func TestFailover(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			var said []Sample
 			b := &bench{Config: Config{Kills: 5, Say: func(s Sample) { said = append(said, s) }}, targets: []target{&fake{kills: tt.can}}}
-			b.failover(t.Context())
+			if err := b.failover(t.Context()); (err != nil) != (tt.err != "") {
+				t.Errorf("error: %v", err)
+			}
 			if len(said) != 1 || said[0].Value != tt.measured || said[0].LastErr != tt.err {
 				t.Errorf("%+v", said)
 			}
