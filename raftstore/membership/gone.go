@@ -24,6 +24,9 @@ const (
 	// before it asks anew.
 	standing = 300 * time.Millisecond
 	again    = 10 * time.Millisecond
+	// backlog is how many entries a server may have to apply before it leads, when others
+	// could lead at once. A server that has just started goes through its whole log.
+	backlog = 512
 )
 
 // ConnectionEnded is told when another server has closed its connection to this one.
@@ -103,22 +106,16 @@ func (k *Keeper) stand(id string, term uint64) {
 			line = append(line, m)
 		}
 	}
-	slices.SortFunc(line, func(a, b raftstore.Member) int { return cmp.Compare(a.ID, b.ID) })
-	self := k.Self().ID
-	place := slices.IndexFunc(line, func(m raftstore.Member) bool { return m.ID == self })
-	if place < 0 {
+	now := k.Store.Progress()
+	place, before, after := inLine(line, k.Self().ID, now.Commit-min(now.Applied, now.Commit) > backlog)
+	if place < 0 || !k.pause(id, time.Duration(place)*turn) {
 		return
 	}
-	if !k.pause(id, time.Duration(place)*turn) {
-		return
-	}
-	// A vote was asked for already: anybody may be the one that stands.
-	others := slices.Concat(line[:place], line[place+1:])
 	ahead := func() []raftstore.Member {
-		if k.Store.Progress().Term > term {
-			return others
+		if k.Store.Progress().Term > term { // a vote was asked for: anybody may be the one that stands
+			return slices.Concat(before, after)
 		}
-		return line[:place]
+		return before
 	}
 	for begun := time.Now(); k.anyStands(ahead(), id, term); {
 		if time.Since(begun) > standing || !k.pause(id, again) {
@@ -127,6 +124,22 @@ func (k *Keeper) stand(id string, term uint64) {
 	}
 	k.Log.Info("the leader's process has ended, standing for election", "leader", id)
 	k.Store.LeaderGone(id)
+}
+
+// inLine returns when it is a server's turn, counted in turns from 0, and who stands
+// before and after it: in the order of ids, and last of all if it is behind. Its place is
+// -1 if it is not among those that may stand. It sorts voters.
+func inLine(voters []raftstore.Member, self string, behind bool) (place int, before, after []raftstore.Member) {
+	slices.SortFunc(voters, func(a, b raftstore.Member) int { return cmp.Compare(a.ID, b.ID) })
+	at := slices.IndexFunc(voters, func(m raftstore.Member) bool { return m.ID == self })
+	switch {
+	case at < 0:
+		return -1, nil, nil
+	case behind:
+		return len(voters) + at, slices.Delete(voters, at, at+1), nil
+	default:
+		return at, voters[:at], voters[at+1:]
+	}
 }
 
 // pause waits for d, and reports whether there is no other leader than id by then.

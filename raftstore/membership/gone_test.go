@@ -3,6 +3,8 @@ package membership
 import (
 	"net"
 	"testing"
+
+	"decree.dev/decree/raftstore"
 )
 
 // TestRefuses has a listener for each way that a port answers.
@@ -82,5 +84,33 @@ func TestStands(t *testing.T) {
 				t.Errorf("stands: %v", got)
 			}
 		})
+	}
+}
+
+func TestInLine(t *testing.T) {
+	tests := []struct {
+		self          string
+		behind        bool
+		place         int
+		before, after string
+	}{
+		{"a", false, 0, "", "bc"},
+		{"b", false, 1, "a", "c"},
+		{"c", false, 2, "ab", ""},
+		{"a", true, 3, "bc", ""},
+		{"b", true, 4, "ac", ""},
+		{"x", false, -1, "", ""},
+	}
+	ids := func(members []raftstore.Member) (all string) {
+		for _, m := range members {
+			all += m.ID
+		}
+		return all
+	}
+	for _, tt := range tests {
+		place, before, after := inLine([]raftstore.Member{{ID: "b"}, {ID: "c"}, {ID: "a"}}, tt.self, tt.behind)
+		if place != tt.place || ids(before) != tt.before || ids(after) != tt.after {
+			t.Errorf("%s, behind %v: place %d, before %q, after %q", tt.self, tt.behind, place, ids(before), ids(after))
+		}
 	}
 }
