@@ -7,6 +7,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"decree.dev/decree/schemas/api"
 )
 
 // pod judges the spec of a pod or of a template, which stands at the field at.
@@ -40,6 +42,17 @@ func (j *judge) pod(at string, s *corev1.PodSpec) {
 	}
 	j.hostPorts(where, containers, s.HostNetwork)
 	j.podOptions(at, s)
+}
+
+// bandwidth judges the annotations of a pod or of a template, which stand at the field at.
+func (j *judge) bandwidth(at string, annotations map[string]string) {
+	for _, key := range []string{api.IngressBandwidth, api.EgressBandwidth} {
+		if text, ok := annotations[key]; ok {
+			if _, err := api.ParseBandwidth(text); err != nil {
+				j.add(Problem{Field: fmt.Sprintf("%s[%q]", at, key), Message: "the value is not allowed", Expected: "bits per second between 1k and 1P, such as 10M", Found: fmt.Sprintf("%q", text)})
+			}
+		}
+	}
 }
 
 // podOptions judges what is about the pod as a whole.

@@ -52,6 +52,8 @@ func TestCheck(t *testing.T) {
 		{"host port twice", api.Pods, hostPorts("{containerPort: 80, hostPort: 8080}, {containerPort: 81, hostPort: 8080}"), "spec.containers[0].ports[1].hostPort: the pod takes this port of the node twice"},
 		{"host port on loopback", api.Pods, hostPorts("{containerPort: 80, hostPort: 8080, hostIP: 127.0.0.1}"), "spec.containers[0].ports[0].hostIP: the value is not allowed"},
 		{"other port in the node's network", api.Pods, hostPorts("{containerPort: 80, hostPort: 8080}") + "  hostNetwork: true\n", "spec.containers[0].ports[0].hostPort: in the node's network"},
+		{"bandwidth", api.Pods, "metadata: {annotations: {kubernetes.io/ingress-bandwidth: 10M, kubernetes.io/egress-bandwidth: 1G}}\n" + podHead, ""},
+		{"no bandwidth", api.Pods, "metadata: {annotations: {kubernetes.io/egress-bandwidth: fast}}\n" + podHead, `metadata.annotations["kubernetes.io/egress-bandwidth"]: the value is not allowed`},
 
 		{"empty selector", api.Deployments, strings.Replace(deploymentHead, "{matchLabels: {app: a}}", "{}", 1), "spec.selector: the selector selects nothing"},
 		{"expression in", api.Deployments, strings.Replace(deploymentHead, "{matchLabels: {app: a}}", "{matchExpressions: [{key: app, operator: In, values: [b]}]}", 1), "spec.selector.matchExpressions[0]: the selector does not match"},
