@@ -319,6 +319,7 @@ func (p *Plane) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { p.serveDNS(ctx) })
 	wg.Go(func() { p.watch(ctx) })
+	wg.Go(func() { p.collect(ctx) })
 	wg.Wait()
 	return context.Cause(ctx)
 }
@@ -335,6 +336,26 @@ func (p *Plane) watch(ctx context.Context) {
 			if err := p.Repair(ctx); err != nil && ctx.Err() == nil {
 				p.log.Error("network is not as it should be; will try again", "err", err)
 			}
+		}
+	}
+}
+
+// collectEvery is the time between two Collects of the pod network; the first one comes
+// once the agent has had time to detach the pods that are no more.
+const collectEvery = time.Hour
+
+func (p *Plane) collect(ctx context.Context) {
+	next := time.NewTimer(p.cfg.ReadBack)
+	defer next.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-next.C:
+			if err := p.networks.Collect(ctx); err != nil && ctx.Err() == nil {
+				p.log.Warn("pod network", "err", err)
+			}
+			next.Reset(collectEvery)
 		}
 	}
 }

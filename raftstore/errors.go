@@ -30,7 +30,7 @@ var (
 	ErrFatal = errors.New("the store has stopped")
 )
 
-// raftError translates what hashicorp/raft reports about a proposal or a read.
+// raftError translates what hashicorp/raft reports about an entry or a read.
 func (s *Store) raftError(err error) error {
 	if fatal := s.fsm.fatal.Load(); fatal != nil {
 		return *fatal

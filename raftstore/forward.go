@@ -40,11 +40,16 @@ func (s *Store) untilLed(ctx context.Context, retry func(error) bool, attempt fu
 	}
 }
 
+// leaderPatience is how long OnLeader waits for a leader: some elections.
+const leaderPatience = 3 * time.Second
+
 // OnLeader calls here if this server leads, or there with the address of the one that
 // does. While nobody leads, or who was asked does no more (the error matches
-// ErrNotLeader: nothing happened), it waits and tries again, until ctx ends.
+// ErrNotLeader: nothing happened), it waits and tries again; but not for long, as an
+// operator who calls is to learn that nobody leads.
 func (s *Store) OnLeader(ctx context.Context, here func() error, there func(address string) error) error {
-	nothing := func(err error) bool { return errors.Is(err, ErrNotLeader) }
+	begun := time.Now()
+	nothing := func(err error) bool { return errors.Is(err, ErrNotLeader) && time.Since(begun) < leaderPatience }
 	return s.untilLed(ctx, nothing, func() error {
 		if s.Leads() {
 			return here()

@@ -345,13 +345,13 @@ func (s *Store) ClusterID() string {
 // Snapshot writes a snapshot now instead of when it is due.
 func (s *Store) Snapshot() error {
 	err := s.raft.Snapshot().Error()
-	if errors.Is(err, raft.ErrNothingNewToSnapshot) {
+	switch {
+	case err == nil, errors.Is(err, raft.ErrNothingNewToSnapshot):
 		return nil
+	case errors.Is(err, raft.ErrRaftShutdown):
+		err = ErrClosed
 	}
-	if err != nil {
-		return fmt.Errorf("write snapshot: %w", s.raftError(err))
-	}
-	return nil
+	return fmt.Errorf("write snapshot: %w", err)
 }
 
 // closeTimeout is how long Close waits for entries that raft is working on.

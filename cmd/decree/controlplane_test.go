@@ -268,17 +268,8 @@ func (p *controlPlane) compare(acknowledged *sync.Map) {
 	p.t.Helper()
 	var first map[string]string
 	for _, s := range p.servers {
-		c, err := p.client(s)
-		if err != nil {
-			p.t.Fatal(err)
-		}
-		list, _, err := client.List[*corev1.ConfigMap](p.t.Context(), c, client.ListOptions{Namespace: "default"})
-		c.Close()
-		if err != nil {
-			p.t.Fatalf("%s: %v", s.name, err)
-		}
 		state := map[string]string{}
-		for _, o := range list {
+		for _, o := range p.values(s) {
 			state[o.Name] = o.ResourceVersion + " " + string(o.UID)
 		}
 		acknowledged.Range(func(name, _ any) bool {
@@ -299,6 +290,21 @@ func (p *controlPlane) compare(acknowledged *sync.Map) {
 			p.t.Errorf("%s has %d objects, %s has %d", s.name, len(state), p.servers[0].name, len(first))
 		}
 	}
+}
+
+// values are the objects that tests write, as one server has them.
+func (p *controlPlane) values(s *serverProcess) []*corev1.ConfigMap {
+	p.t.Helper()
+	c, err := p.client(s)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	defer c.Close()
+	list, _, err := client.List[*corev1.ConfigMap](p.t.Context(), c, client.ListOptions{Namespace: "default"})
+	if err != nil {
+		p.t.Fatalf("%s: %v", s.name, err)
+	}
+	return list
 }
 
 // program is decree: this test binary under that name.

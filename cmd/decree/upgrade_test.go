@@ -14,10 +14,7 @@ import (
 	"testing"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
-
 	"decree.dev/decree/raftstore"
-	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/schemas/api"
@@ -156,16 +153,7 @@ func large(ctx context.Context, peers *peer.Client, address, name string) error 
 func (p *controlPlane) absent(prefix string) {
 	p.t.Helper()
 	for _, s := range p.servers {
-		c, err := p.client(s)
-		if err != nil {
-			p.t.Fatal(err)
-		}
-		list, _, err := client.List[*corev1.ConfigMap](p.t.Context(), c, client.ListOptions{Namespace: "default"})
-		c.Close()
-		if err != nil {
-			p.t.Fatalf("%s: %v", s.name, err)
-		}
-		for _, o := range list {
+		for _, o := range p.values(s) {
 			if strings.HasPrefix(o.Name, prefix) {
 				p.t.Errorf("%s has %s, which was refused", s.name, o.Name)
 			}

@@ -77,25 +77,23 @@ func (o *Overlay) links() ([]Link, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list interfaces: %w", err)
 	}
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL) // of all at once: each pod has an interface
+	if err != nil {
+		return nil, fmt.Errorf("list addresses: %w", err)
+	}
+	prefixes := map[int][]netip.Prefix{}
+	for _, addr := range addrs {
+		if p := host.PrefixOf(addr.IPNet); p.IsValid() && !p.Addr().IsLinkLocalUnicast() {
+			prefixes[addr.LinkIndex] = append(prefixes[addr.LinkIndex], p)
+		}
+	}
 	var out []Link
 	for _, l := range all {
 		a := l.Attrs()
-		if a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || a.Name == o.cfg.Device {
+		if a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || a.Name == o.cfg.Device || len(prefixes[a.Index]) == 0 {
 			continue
 		}
-		addrs, err := netlink.AddrList(l, netlink.FAMILY_ALL)
-		if err != nil {
-			return nil, fmt.Errorf("list addresses of %s: %w", a.Name, err)
-		}
-		link := Link{Index: a.Index, Name: a.Name, MTU: a.MTU}
-		for _, addr := range addrs {
-			if p := host.PrefixOf(addr.IPNet); p.IsValid() && !p.Addr().IsLinkLocalUnicast() {
-				link.Prefixes = append(link.Prefixes, p)
-			}
-		}
-		if len(link.Prefixes) > 0 {
-			out = append(out, link)
-		}
+		out = append(out, Link{Index: a.Index, Name: a.Name, MTU: a.MTU, Prefixes: prefixes[a.Index]})
 	}
 	return out, nil
 }

@@ -200,14 +200,8 @@ func (k *Keeper) Transfer(ctx context.Context, name string) error {
 	return k.onLeader(ctx, callTransfer, target{ID: id}, func() error { return k.Store.TransferLeadership(ctx, id) })
 }
 
-// noQuorum is how long List waits for somebody to lead: its answer is of use when
-// nobody does, too.
-const noQuorum = 2 * time.Second
-
 // List describes all servers, whichever is asked.
 func (k *Keeper) List(ctx context.Context) (list []Server, err error) {
-	ctx, cancel := context.WithTimeout(ctx, noQuorum)
-	defer cancel()
 	err = k.Store.OnLeader(ctx,
 		func() (err error) { list, err = k.Servers(); return err },
 		func(leader string) error { return k.Peers.Call(ctx, leader, callServers, struct{}{}, &list) })

@@ -47,7 +47,7 @@ type Keeper struct {
 
 	mu      sync.Mutex
 	seen    map[string]*contact // by id; in the leader's memory only
-	probing bool                // whether the leader's process has ended is being found out
+	probing string              // the leader of whom it is being found out whether its process has ended
 }
 
 // contact is what was seen of a server.
@@ -136,7 +136,10 @@ func (k *Keeper) ask(ctx context.Context) map[string]answer {
 	self := k.Self().ID
 	for _, m := range k.Store.Members() {
 		if m.ID == self {
-			answers[m.ID] = answer{status: k.status()}
+			mine := answer{status: k.status()}
+			mu.Lock() // the others may answer already
+			answers[m.ID] = mine
+			mu.Unlock()
 			continue
 		}
 		calls.Go(func() {

@@ -2,6 +2,8 @@ package peer
 
 import (
 	"crypto/tls"
+	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"sync"
@@ -9,6 +11,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/raftstore"
 )
@@ -36,6 +39,9 @@ type RaftTransport struct {
 // rpcTimeout is how long raft waits for another server.
 const rpcTimeout = 10 * time.Second
 
+// maxPool is how many connections to one server wait for the next message.
+const maxPool = 3
+
 // NewRaftTransport returns a transport. The store closes it.
 func NewRaftTransport(cfg RaftConfig) *RaftTransport {
 	if cfg.Log == nil {
@@ -44,7 +50,7 @@ func NewRaftTransport(cfg RaftConfig) *RaftTransport {
 	t := &RaftTransport{rpcs: make(chan raft.RPC), closed: make(chan struct{})}
 	t.NetworkTransport = raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 		Stream:          &streams{RaftConfig: cfg},
-		MaxPool:         3,
+		MaxPool:         maxPool,
 		MaxRPCsInFlight: 64,
 		Timeout:         rpcTimeout,
 		Logger:          raftstore.RaftLogger(cfg.Log),
@@ -90,6 +96,39 @@ func (t *RaftTransport) TimeoutNow(id raft.ServerID, target raft.ServerAddress, 
 	case <-t.closed:
 		return raft.ErrTransportShutdown
 	}
+}
+
+// RequestVote implements raft.Transport.
+func (t *RaftTransport) RequestVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	return overLive(func() error { return t.NetworkTransport.RequestVote(id, target, args, resp) })
+}
+
+// RequestPreVote implements raft.WithPreVote.
+func (t *RaftTransport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	return overLive(func() error { return t.NetworkTransport.RequestPreVote(id, target, args, resp) })
+}
+
+// overLive sends a message until it went over a connection that had not ended before. The
+// pool holds those from before the other server's last start, and raft asks for a vote
+// once an election: without this, the first election after a start could be lost. To be
+// asked twice is nothing new to raft.
+func overLive(send func() error) error {
+	for range maxPool {
+		if err := send(); !brokenOff(err) {
+			return err
+		}
+	}
+	return send()
+}
+
+// brokenOff reports whether the other end has closed a connection.
+func brokenOff(err error) bool {
+	for _, is := range []error{io.EOF, io.ErrUnexpectedEOF, unix.ECONNRESET, unix.EPIPE} {
+		if errors.Is(err, is) {
+			return true
+		}
+	}
+	return false
 }
 
 // AppendEntriesPipeline implements raft.Transport.

@@ -149,8 +149,7 @@ func TestCanceled(t *testing.T) {
 	}
 }
 
-// inspect writes what a worker process sees of the world, and ends once its parent has had
-// the time to lower its priority: when stdin is closed or the limits are there.
+// inspect writes what a worker process sees of the world.
 func inspect() {
 	var files []string
 	entries, _ := os.ReadDir("/proc/self/fd")
@@ -162,7 +161,8 @@ func inspect() {
 	dir, _ := os.Getwd()
 	var death int32
 	_, _, _ = unix.Syscall6(unix.SYS_PRCTL, unix.PR_GET_PDEATHSIG, uintptr(unsafe.Pointer(&death)), 0, 0, 0, 0)
-	fmt.Fprintf(os.Stderr, "env=%d files=%v dir=%s death=%d\n", len(os.Environ()), files, dir, death)
+	nice, _ := syscall.Getpriority(syscall.PRIO_PROCESS, 0) // the kernel counts from 20 down
+	fmt.Fprintf(os.Stderr, "env=%d files=%v dir=%s death=%d nice=%d\n", len(os.Environ()), files, dir, death, 20-nice)
 }
 
 // ownFiles are what Go's runtime opens by itself.
@@ -178,7 +178,7 @@ func TestConfined(t *testing.T) {
 	defer f.Close()
 	p := newProcess(t, compile.ProcessConfig{Command: []string{os.Args[0], "inspect"}})
 	_, err = p.Compile(t.Context(), mapFS(map[string]string{"a.cue": "a: 1"}), compile.Options{})
-	if want := "env=0 files=[] dir=/ death=9"; err == nil || !strings.Contains(err.Error(), want) {
+	if want := "env=0 files=[] dir=/ death=9 nice=5"; err == nil || !strings.Contains(err.Error(), want) {
 		t.Fatalf("worker says %v, want %q", err, want)
 	}
 }

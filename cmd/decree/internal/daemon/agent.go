@@ -217,6 +217,7 @@ func (n *node) desired(view api.Reader) netplane.Desired {
 		Services: slices.Collect(api.List[*corev1.Service](view, "")),
 		Slices:   slices.Collect(api.List[*discoveryv1.EndpointSlice](view, "")),
 		Nodes:    slices.Collect(api.List[*corev1.Node](view, "")),
+		Pods:     slices.Collect(api.List[*corev1.Pod](view, "")),
 	}
 	for _, node := range d.Nodes {
 		if node.Name != n.cfg.Node {

@@ -159,14 +159,15 @@ func newToken(ctx context.Context, c *client.Client) (string, error) {
 	return t.Token, err
 }
 
-// settle waits until three servers vote, and notes who leads.
+// settle waits until three servers vote and have applied what the leader has, and notes
+// who leads.
 func (d *decree) settle(ctx context.Context) error {
 	deadline := time.Now().Add(60 * time.Second)
 	for {
 		rows, err := d.members(ctx)
 		voters := 0
 		for _, r := range rows {
-			if r.State == "healthy" && (r.Role == "voter" || r.Role == "leader") {
+			if r.State == "healthy" && r.Behind == 0 && (r.Role == "voter" || r.Role == "leader") {
 				voters++
 			}
 		}
@@ -204,8 +205,8 @@ func (d *decree) members(ctx context.Context) (rows []membership.Server, err err
 
 func (d *decree) name() string { return "decree" }
 
-func object(i int) *corev1.ConfigMap {
-	o := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "k" + strconv.Itoa(i)}, Data: map[string]string{"v": value}}
+func object(i, size int) *corev1.ConfigMap {
+	o := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "k" + strconv.Itoa(i)}, Data: map[string]string{"v": newValue(size)}}
 	o.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("ConfigMap"))
 	return o
 }
@@ -231,11 +232,11 @@ func (d *decree) propose(ctx context.Context, t command.Txn) error {
 	}
 }
 
-func (d *decree) fill(ctx context.Context, from, to int) error {
+func (d *decree) fill(ctx context.Context, from, to, size int) error {
 	for from < to {
 		t := command.Txn{}
 		for ; from < to && len(t.Mutations) < 1000; from++ {
-			o := object(from)
+			o := object(from, size)
 			t.Mutations = append(t.Mutations, api.Mutation{Verb: api.Create, Key: api.KeyOf(o), Object: o})
 		}
 		if err := d.propose(ctx, t); err != nil {
@@ -245,13 +246,8 @@ func (d *decree) fill(ctx context.Context, from, to int) error {
 	return nil
 }
 
-// changes makes every put another value, as an unchanged object would be no change.
-var changes atomic.Int64
-
 func (d *decree) put(ctx context.Context, i int) error {
-	o := object(i)
-	o.Data["v"] = strconv.FormatInt(changes.Add(1), 36) + value
-	o.Data["v"] = o.Data["v"][:valueSize]
+	o := object(i, valueSize)
 	return d.propose(ctx, command.Txn{Mutations: []api.Mutation{{Verb: api.Update, Key: api.KeyOf(o), Object: o}}})
 }
 
@@ -303,13 +299,18 @@ func (d *decree) term(ctx context.Context) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
-	for line := range strings.Lines(string(data)) {
-		if rest, ok := strings.CutPrefix(line, "decree_store_term "); ok {
-			n, err := strconv.ParseFloat(strings.TrimSpace(rest), 64)
-			return uint64(n), err
+	n, err := metric(string(data), "decree_store_term")
+	return uint64(n), err
+}
+
+// metric finds a metric without labels in the text format of Prometheus.
+func metric(text, name string) (float64, error) {
+	for line := range strings.Lines(text) {
+		if rest, ok := strings.CutPrefix(line, name+" "); ok {
+			return strconv.ParseFloat(strings.TrimSpace(rest), 64)
 		}
 	}
-	return 0, errors.New("the server does not tell its term")
+	return 0, fmt.Errorf("the server does not tell %s", name)
 }
 
 func (d *decree) save(ctx context.Context, file string) error {
@@ -347,8 +348,8 @@ func (d *decree) run(ctx context.Context, args ...string) error {
 	return nil
 }
 
-func (d *decree) killLeader() (func() error, error) {
-	if _, err := d.members(context.Background()); err != nil {
+func (d *decree) killLeader(ctx context.Context) (func() error, error) {
+	if _, err := d.members(ctx); err != nil {
 		return nil, err
 	}
 	for i, a := range d.addresses {
@@ -358,7 +359,7 @@ func (d *decree) killLeader() (func() error, error) {
 				if err := d.procs[i].start(); err != nil {
 					return err
 				}
-				return d.settle(context.Background())
+				return d.settle(ctx)
 			}, nil
 		}
 	}

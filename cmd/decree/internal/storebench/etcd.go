@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -14,6 +15,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/protobuf/encoding/protowire"
 )
@@ -66,14 +68,19 @@ func startEtcd(ctx context.Context, cfg Config) (_ *etcd, err error) {
 			return nil, err
 		}
 		e.procs = append(e.procs, p)
-		conn, err := grpc.NewClient(strings.TrimPrefix(url, "http://"), grpc.WithTransportCredentials(insecure.NewCredentials()),
-			grpc.WithDefaultCallOptions(grpc.ForceCodec(raw{}), grpc.MaxCallRecvMsgSize(64<<20)), grpc.WithConnectParams(grpc.ConnectParams{MinConnectTimeout: time.Second}))
+		conn, err := connectEtcd(url)
 		if err != nil {
 			return nil, err
 		}
 		e.conns = append(e.conns, conn)
 	}
 	return e, e.findLeader(ctx)
+}
+
+func connectEtcd(url string) (*grpc.ClientConn, error) {
+	return grpc.NewClient(strings.TrimPrefix(url, "http://"), grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithDefaultCallOptions(grpc.ForceCodec(raw{}), grpc.MaxCallRecvMsgSize(64<<20)),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 20 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 200 * time.Millisecond}, MinConnectTimeout: time.Second}))
 }
 
 // call sends one message.
@@ -139,20 +146,21 @@ func bytesField(b []byte, num protowire.Number, v string) []byte {
 
 func (e *etcd) name() string { return "etcd" }
 
-func (e *etcd) fill(ctx context.Context, from, to int) error {
+func (e *etcd) fill(ctx context.Context, from, to, size int) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(256)
 	for i := from; i < to; i++ {
-		g.Go(func() error { return e.put(ctx, i) })
+		g.Go(func() error { return e.putSize(ctx, i, size) })
 	}
 	return g.Wait()
 }
 
 func etcdKey(i int) string { return "/bench/k" + strconv.Itoa(i) }
 
-func (e *etcd) put(ctx context.Context, i int) error {
-	v := (strconv.FormatInt(changes.Add(1), 36) + value)[:valueSize]
-	_, err := e.call(ctx, int(e.leader.Load()), "/etcdserverpb.KV/Put", bytesField(bytesField(nil, 1, etcdKey(i)), 2, v))
+func (e *etcd) put(ctx context.Context, i int) error { return e.putSize(ctx, i, valueSize) }
+
+func (e *etcd) putSize(ctx context.Context, i, size int) error {
+	_, err := e.call(ctx, int(e.leader.Load()), "/etcdserverpb.KV/Put", bytesField(bytesField(nil, 1, etcdKey(i)), 2, newValue(size)))
 	return err
 }
 
@@ -249,11 +257,42 @@ func (e *etcd) save(ctx context.Context, file string) error {
 	}
 }
 
-// restore would need etcdctl.
-func (e *etcd) restore(context.Context, string) error { return errNotMeasured }
+// restore needs etcdctl. It starts a member from what that made, and waits until it has
+// answered a read.
+func (e *etcd) restore(ctx context.Context, file string) error {
+	tool, err := exec.LookPath("etcdctl")
+	if err != nil {
+		return errNotMeasured
+	}
+	data, url, peerURL := file+".restored", fmt.Sprintf("http://127.0.0.1:%d", etcdClientPort+len(e.procs)), fmt.Sprintf("http://127.0.0.1:%d", etcdPeerPort+len(e.procs))
+	cmd := exec.CommandContext(ctx, tool, "snapshot", "restore", file, "--data-dir", data, "--name", "r1", "--initial-cluster", "r1="+peerURL, "--initial-advertise-peer-urls", peerURL)
+	cmd.Env = append(os.Environ(), "ETCDCTL_API=3")
+	if out, err := cmd.CombinedOutput(); err != nil {
+		return fmt.Errorf("etcdctl snapshot restore: %w: %s", err, out)
+	}
+	p := &process{name: "r1", log: data + ".log", command: []string{
+		e.procs[0].command[0], "--name", "r1", "--data-dir", data, "--listen-peer-urls", peerURL, "--advertise-client-urls", url, "--listen-client-urls", url,
+		"--logger", "zap", "--log-level", "error",
+	}}
+	if err := p.start(); err != nil {
+		return err
+	}
+	defer p.kill()
+	conn, err := connectEtcd(url)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	r := &etcd{conns: []*grpc.ClientConn{conn}}
+	answer, err := r.call(ctx, 0, "/etcdserverpb.KV/Range", bytesField(nil, 1, etcdKey(0)), grpc.WaitForReady(true))
+	if err == nil && countField(answer, 2) != 1 {
+		err = errors.New("etcd: the restored member lacks a key")
+	}
+	return err
+}
 
-func (e *etcd) killLeader() (func() error, error) {
-	if err := e.findLeader(context.Background()); err != nil {
+func (e *etcd) killLeader(ctx context.Context) (func() error, error) {
+	if err := e.findLeader(ctx); err != nil {
 		return nil, err
 	}
 	p := e.procs[e.leader.Load()]
@@ -263,10 +302,7 @@ func (e *etcd) killLeader() (func() error, error) {
 			return err
 		}
 		for i := range e.conns { // all must answer again before the next kill
-			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
-			_, err := e.call(ctx, i, "/etcdserverpb.KV/Range", bytesField(nil, 1, "x"), grpc.WaitForReady(true))
-			cancel()
-			if err != nil {
+			if _, err := e.call(ctx, i, "/etcdserverpb.KV/Range", bytesField(nil, 1, "x"), grpc.WaitForReady(true)); err != nil {
 				return err
 			}
 		}
@@ -274,12 +310,16 @@ func (e *etcd) killLeader() (func() error, error) {
 	}, nil
 }
 
-// write puts through whichever server answers, as etcd's client does.
+// etcdPatience is how long one member has for a put before the next is asked. A member
+// without a leader would hold it for seven seconds, several times what an election takes.
+const etcdPatience = 250 * time.Millisecond
+
+// write puts through whichever server answers.
 func (e *etcd) write(ctx context.Context, i int) error {
 	request := bytesField(bytesField(nil, 1, "/failover"), 2, strconv.Itoa(i))
 	for {
 		for s := range e.conns {
-			one, cancel := context.WithTimeout(ctx, 10*time.Second)
+			one, cancel := context.WithTimeout(ctx, etcdPatience)
 			_, err := e.call(one, s, "/etcdserverpb.KV/Put", request)
 			cancel()
 			if err == nil {

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,8 +22,8 @@ import (
 // target is a store under measurement.
 type target interface {
 	name() string
-	// fill writes keys from up to to-1.
-	fill(ctx context.Context, from, to int) error
+	// fill writes keys from up to to-1, with values of so many bytes.
+	fill(ctx context.Context, from, to, size int) error
 	// put replaces the value of key i, acknowledged when durable on a quorum.
 	put(ctx context.Context, i int) error
 	// get reads key i, linearizable unless stale.
@@ -34,12 +35,12 @@ type target interface {
 	// term is how many elections there have been, give or take a constant.
 	term(ctx context.Context) (uint64, error)
 	// save makes a snapshot of everything in a file, restore a new cluster of one server
-	// from it, which answers when restore returns; errNotMeasured if that takes more than
-	// the store itself.
+	// from it, which answers when restore returns; errNotMeasured if what it takes is not
+	// installed.
 	save(ctx context.Context, file string) error
 	restore(ctx context.Context, file string) error
 	// killLeader ends the leader's process, and returns what to call to start it again.
-	killLeader() (restart func() error, err error)
+	killLeader(ctx context.Context) (restart func() error, err error)
 	// write makes any durable change through servers that are left, until acknowledged.
 	write(ctx context.Context, i int) error
 	stop()
@@ -50,7 +51,22 @@ const (
 	valueSize = 256
 )
 
-var value = strings.Repeat("x", valueSize)
+// changes makes every value another one: an unchanged object would be no change.
+var changes atomic.Int64
+
+// newValue returns a value of so many bytes that there was not before. It is text made
+// of random bits: whoever compresses gets little out of it.
+func newValue(size int) string {
+	b := make([]byte, 0, size+8)
+	for b = strconv.AppendInt(b, changes.Add(1), 36); len(b) < size; {
+		for bits := rand.Uint64() | 1<<63; bits > 15 && len(b) < size; bits >>= 6 {
+			b = append(b, base64Digits[bits&63])
+		}
+	}
+	return string(b)
+}
+
+const base64Digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 
 // Sample is what one measurement of one store gave.
 type Sample struct {
@@ -58,6 +74,7 @@ type Sample struct {
 	What    string  `json:"what"`
 	PerSec  float64 `json:"perSecond,omitempty"`
 	P50     float64 `json:"p50ms,omitempty"`
+	P90     float64 `json:"p90ms,omitempty"`
 	P99     float64 `json:"p99ms,omitempty"`
 	Max     float64 `json:"maxms,omitempty"`
 	Took    float64 `json:"tookms,omitempty"`
@@ -83,30 +100,12 @@ type Config struct {
 
 // Run measures.
 func Run(ctx context.Context, cfg Config) error {
-	var targets []target
-	defer func() {
-		for _, t := range targets {
-			t.stop()
-		}
-	}()
-	d, err := startDecree(ctx, cfg)
+	targets, err := start(ctx, cfg)
 	if err != nil {
-		return fmt.Errorf("start decree: %w", err)
-	}
-	targets = append(targets, d)
-	if cfg.Etcd != "" {
-		e, err := startEtcd(ctx, cfg)
-		if err != nil {
-			return fmt.Errorf("start etcd: %w", err)
-		}
-		targets = append(targets, e)
-	}
-	for _, t := range targets {
-		if err := t.fill(ctx, 0, keys); err != nil {
-			return fmt.Errorf("fill %s: %w", t.name(), err)
-		}
+		return err
 	}
 	b := &bench{Config: cfg, targets: targets}
+	defer func() { b.stop() }()
 	for _, n := range cfg.Callers {
 		b.load(ctx, fmt.Sprintf("put, %d callers", n), n, func(ctx context.Context, t target, i int) error { return t.put(ctx, i) })
 	}
@@ -122,10 +121,46 @@ func Run(ctx context.Context, cfg Config) error {
 	})
 	b.fanOut(ctx)
 	b.elections(ctx)
-	if err := b.failover(ctx); err != nil {
-		return err
+	return errors.Join(b.failover(ctx), b.size(ctx))
+}
+
+// fillFor bounds the wall time in which a store takes the objects of a measurement.
+const fillFor = 5 * time.Minute
+
+// start starts the stores with the keys in them.
+func start(ctx context.Context, cfg Config) (targets []target, err error) {
+	defer func() {
+		if err != nil {
+			(&bench{targets: targets}).stop()
+		}
+	}()
+	d, err := startDecree(ctx, cfg)
+	if err != nil {
+		return nil, fmt.Errorf("start decree: %w", err)
 	}
-	return b.size(ctx)
+	targets = append(targets, d)
+	if cfg.Etcd != "" {
+		e, err := startEtcd(ctx, cfg)
+		if err != nil {
+			return targets, fmt.Errorf("start etcd: %w", err)
+		}
+		targets = append(targets, e)
+	}
+	ctx, cancel := context.WithTimeout(ctx, fillFor)
+	defer cancel()
+	for _, t := range targets {
+		if err := t.fill(ctx, 0, keys, valueSize); err != nil {
+			return targets, fmt.Errorf("fill %s: %w", t.name(), err)
+		}
+	}
+	return targets, nil
+}
+
+func (b *bench) stop() {
+	for _, t := range b.targets {
+		t.stop()
+	}
+	b.targets = nil
 }
 
 type bench struct {
@@ -210,7 +245,7 @@ func summary(times []time.Duration) Sample {
 	at := func(q float64) float64 {
 		return float64(times[min(len(times)-1, int(q*float64(len(times))))].Microseconds()) / 1000
 	}
-	return Sample{P50: at(0.5), P99: at(0.99), Max: at(1)}
+	return Sample{P50: at(0.5), P90: at(0.9), P99: at(0.99), Max: at(1)}
 }
 
 // fanOut counts the events that many watchers receive while callers put.
@@ -242,37 +277,5 @@ func (b *bench) fanOutOne(ctx context.Context, t target, what string) error {
 	// The rate at which events arrive, while more are made than can be delivered.
 	rate := float64(events.Load()-before) / time.Since(begun).Seconds()
 	b.say(Sample{Store: t.name(), What: what, PerSec: rate, Value: float64(len(times)) / b.Duration.Seconds(), Unit: "puts/s meanwhile"})
-	return nil
-}
-
-// failover kills leaders and measures until the next write is acknowledged.
-func (b *bench) failover(ctx context.Context) error {
-	const what = "leader killed to next acknowledged write"
-	if !b.wanted(what) || b.Kills == 0 {
-		return nil
-	}
-	for _, t := range b.targets {
-		var times []time.Duration
-		for i := range b.Kills {
-			if err := t.write(ctx, i); err != nil {
-				return fmt.Errorf("%s: before kill %d: %w", t.name(), i, err)
-			}
-			restart, err := t.killLeader()
-			if err != nil {
-				return fmt.Errorf("%s: kill %d: %w", t.name(), i, err)
-			}
-			begun := time.Now()
-			if err := t.write(ctx, i); err != nil {
-				return errors.Join(fmt.Errorf("%s: after kill %d: %w", t.name(), i, err))
-			}
-			times = append(times, time.Since(begun))
-			if err := restart(); err != nil {
-				return fmt.Errorf("%s: restart after kill %d: %w", t.name(), i, err)
-			}
-		}
-		s := summary(times)
-		s.Store, s.What, s.Value, s.Unit = t.name(), what, float64(len(times)), "kills"
-		b.say(s)
-	}
 	return nil
 }
