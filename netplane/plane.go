@@ -53,6 +53,8 @@ type Config struct {
 	// ResolvConf lists the name servers for all names outside the cluster; empty:
 	// /etc/resolv.conf.
 	ResolvConf string
+	// Stubs are domains with name servers of their own.
+	Stubs []dns.Stub
 	// NetNS is the node's network namespace; empty: that of the process.
 	NetNS string
 	// ReadBack is the time between comparisons; zero: DefaultReadBack.
@@ -146,7 +148,7 @@ func New(cfg Config) (*Plane, error) {
 		return nil, fmt.Errorf("netplane: %w", err)
 	}
 	p.health = healthcheck.New(healthcheck.Config{Listen: p.listen, Log: cfg.Log})
-	p.dns = dns.New(dns.Config{ResolvConf: cfg.ResolvConf, Dial: p.dial, Registerer: cfg.Registerer, Log: cfg.Log})
+	p.dns = dns.New(dns.Config{ResolvConf: cfg.ResolvConf, Stubs: cfg.Stubs, Dial: p.dial, Registerer: cfg.Registerer, Log: cfg.Log})
 	return p, nil
 }
 
