@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/netplane/host"
+	"decree.dev/decree/netplane/ipvs"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/nft"
 )
@@ -28,7 +29,7 @@ func Doctor(cfg Config) []Check {
 	cfg = cfg.withDefaults()
 	var checks []Check
 	err := netspace.Do(cfg.NetNS, func() error {
-		checks = append(checks, checkNFT(), checkForwarding())
+		checks = append(checks, checkNFT(), checkIPVS(&cfg), checkForwarding())
 		return nil
 	})
 	if err != nil {
@@ -44,6 +45,24 @@ func checkNFT() Check {
 		if errors.Is(err, unix.EPERM) {
 			c.Mend = "run as root"
 		}
+	}
+	return c
+}
+
+// checkIPVS is satisfied without IPVS, unless it is asked for.
+func checkIPVS(cfg *Config) Check {
+	c := Check{Requirement: "IPVS, or nftables in its place", OK: true, Why: "IPVS is there and balances services"}
+	if cfg.Backend == NFTables {
+		c.Why = "nftables is asked for"
+		return c
+	}
+	err := ipvs.Probe()
+	switch {
+	case err == nil:
+	case cfg.Backend == IPVS:
+		c.OK, c.Why, c.Mend = false, err.Error(), "modprobe -a ip_vs ip_vs_rr; or: use the backend nftables"
+	default:
+		c.Why = "nftables balances services: " + err.Error()
 	}
 	return c
 }

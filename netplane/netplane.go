@@ -12,8 +12,8 @@ import (
 // Desired is the whole network of one node as the cluster wants it.
 type Desired = render.Desired
 
-// Services is a kernel's service tables. netplane/nft is the one for nftables,
-// netplane/simnet the one for tests; both pass the suite in netplane/netplanetest.
+// Services is a kernel's service tables. netplane/ipvs is the one for IPVS, netplane/nft
+// that for nftables, netplane/simnet the one for tests; both pass the suite in netplane/netplanetest.
 //
 // Methods may be called concurrently; they take turns.
 type Services interface {

@@ -21,8 +21,8 @@ import (
 	"decree.dev/decree/netplane/dns"
 	"decree.dev/decree/netplane/healthcheck"
 	"decree.dev/decree/netplane/host"
+	"decree.dev/decree/netplane/ipvs"
 	"decree.dev/decree/netplane/netspace"
-	"decree.dev/decree/netplane/nft"
 	"decree.dev/decree/netplane/overlay"
 	"decree.dev/decree/netplane/render"
 )
@@ -39,6 +39,11 @@ const DefaultLinger = 200 * time.Millisecond
 type Config struct {
 	// DataDir is the folder of this package; Purge removes it.
 	DataDir string
+	// Backend balances services; empty: IPVS where the kernel has it, else nftables.
+	Backend Backend
+	// IPVS is how that backend works: how it chooses, how long it waits for connections to
+	// endpoints that went, and the kernel's timeouts. Table and Log are set here.
+	IPVS ipvs.Config
 	// Table is the name of the nftables tables; empty: nft.DefaultTable.
 	Table string
 	// CNIConfDir is where a user's CNI configuration wins over the generated one,
@@ -102,8 +107,7 @@ type Plane struct {
 	host     *host.Host
 	networks *cni.Networks
 	overlay  *overlay.Overlay
-	services Services
-	closer   func() error
+	services *balancer
 	dns      *dns.Server
 	health   *healthcheck.Server
 	metrics  *metrics
@@ -136,15 +140,8 @@ func New(cfg Config) (*Plane, error) {
 		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(), overlay: overlay.New(cfg.Overlay),
 		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
 	}
-	err := netspace.Do(cfg.NetNS, func() error {
-		s, err := nft.New(cfg.Table, cfg.Log)
-		if err != nil {
-			return err
-		}
-		p.services, p.closer = s, s.Close
-		return nil
-	})
-	if err != nil {
+	var err error
+	if p.services, err = openBalancer(&p.cfg); err != nil {
 		return nil, fmt.Errorf("netplane: %w", err)
 	}
 	p.health = healthcheck.New(healthcheck.Config{Listen: p.listen, Log: cfg.Log})
@@ -154,7 +151,7 @@ func New(cfg Config) (*Plane, error) {
 
 // Close lets go of the kernel's interfaces, and load balancers are no longer answered;
 // everything made stays.
-func (p *Plane) Close() error { return errors.Join(p.health.Close(), p.closer()) }
+func (p *Plane) Close() error { return errors.Join(p.health.Close(), p.services.Close()) }
 
 // Set makes the node's network what d asks for. It is idempotent, and does as much
 // as it can when part of it does not work; the error says which part, and the next

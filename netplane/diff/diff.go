@@ -21,6 +21,11 @@ func (o Op) Port() render.Port {
 // Services returns the changes from have to want, both ordered by port, in the
 // order of their ports. The result points into both arguments.
 func Services(have, want []render.Service) []Op {
+	return ServicesBy(have, want, (*render.Service).Equal)
+}
+
+// ServicesBy is Services for those who look at more of a service than Equal does.
+func ServicesBy(have, want []render.Service, equal func(a, b *render.Service) bool) []Op {
 	var ops []Op
 	for len(have) > 0 || len(want) > 0 {
 		switch c := compare(have, want); {
@@ -31,7 +36,7 @@ func Services(have, want []render.Service) []Op {
 			ops = append(ops, Op{Want: &want[0]})
 			want = want[1:]
 		default:
-			if !have[0].Equal(&want[0]) {
+			if !equal(&have[0], &want[0]) {
 				ops = append(ops, Op{Have: &have[0], Want: &want[0]})
 			}
 			have, want = have[1:], want[1:]

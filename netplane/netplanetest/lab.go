@@ -16,13 +16,20 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/netplane/netplanetest/vm"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
 	"decree.dev/decree/netplane/render"
 )
 
-// silence is how long a sender waits before it takes a packet for dropped.
-const silence = 400 * time.Millisecond
+// silence is how long a sender waits before it takes a packet for dropped. An emulated
+// machine is slow to answer.
+var silence = func() time.Duration {
+	if vm.Inside() {
+		return 1500 * time.Millisecond
+	}
+	return 400 * time.Millisecond
+}()
 
 // Lab is a World's hosts as network namespaces, each pod on a link of its own to
 // the node, which routes.

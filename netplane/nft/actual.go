@@ -13,6 +13,7 @@ import (
 	"github.com/google/nftables/expr"
 
 	"decree.dev/decree/netplane/render"
+	"decree.dev/decree/netplane/wire"
 )
 
 // actual is what the kernel holds of one family.
@@ -49,7 +50,7 @@ const readAttempts = 10
 // readFamily loads everything of one family.
 func (s *Services) readFamily(f *family) (*actual, error) {
 	a, err := s.readOnce(f)
-	for i := 1; i < readAttempts && errors.Is(err, errInterrupted); i++ {
+	for i := 1; i < readAttempts && errors.Is(err, wire.ErrInterrupted); i++ {
 		a, err = s.readOnce(f)
 	}
 	return a, err
@@ -72,7 +73,7 @@ func (s *Services) readOnce(f *family) (*actual, error) {
 	if a.sound, err = s.checkChains(f, t, a.chains); err != nil || !a.sound {
 		return a, err
 	}
-	for id := range numSets {
+	for _, id := range s.layout.sets {
 		if id == affinity {
 			continue
 		}
@@ -115,7 +116,7 @@ func (s *Services) checkSets(f *family, t *nftables.Table) (bool, error) {
 	for _, x := range sets {
 		found[x.Name] = x
 	}
-	for id := range numSets {
+	for _, id := range s.layout.sets {
 		want, have := f.set(t, id), found[setNames[id]]
 		if have == nil || have.IsMap != want.IsMap || have.Interval != want.Interval || have.Dynamic != want.Dynamic || have.HasTimeout != want.HasTimeout {
 			return false, nil
@@ -141,7 +142,7 @@ func (s *Services) checkChains(f *family, t *nftables.Table, balancers map[strin
 	if err != nil {
 		return false, fmt.Errorf("read rules of %s %s: %w", f.name, t.Name, err)
 	}
-	for _, want := range f.chains() {
+	for _, want := range s.layout.chains(f) {
 		have := found[want.name]
 		if have == nil || (have.Hooknum == nil) != (want.hook == nil) {
 			return false, nil

@@ -33,14 +33,14 @@ func (s *Services) build(f *family) error {
 	s.conn.AddTable(t) // so that deleting it cannot fail
 	s.conn.DelTable(t)
 	s.conn.AddTable(t)
-	for id := range numSets {
+	for _, id := range s.layout.sets {
 		set := f.set(t, id)
 		set.KeyByteOrder = binaryutil.BigEndian
 		if err := s.conn.AddSet(set, nil); err != nil {
 			return fmt.Errorf("set %s %s %s: %w", f.name, t.Name, set.Name, err)
 		}
 	}
-	for _, c := range f.chains() {
+	for _, c := range s.layout.chains(f) {
 		if err := s.addChain(f, t, &c); err != nil {
 			return err
 		}
@@ -151,10 +151,13 @@ func sortServices(ss []render.Service) {
 	slices.SortFunc(ss, func(a, b render.Service) int { return a.Compare(b.Port) })
 }
 
+// probeName is a name that no table has.
+func probeName() string { return fmt.Sprintf("decree-probe-%d", os.Getpid()) }
+
 // Probe finds out whether the kernel has all that a table needs, in the network
 // namespace of the calling thread, by making one under a name that nobody has.
 func Probe() error {
-	s, err := New(fmt.Sprintf("decree-probe-%d", os.Getpid()), slog.New(slog.DiscardHandler))
+	s, err := New(probeName(), slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}

@@ -185,7 +185,7 @@ func changes(have, want []element) (dels, adds []element) {
 // anew, because the kernel refuses halves of intervals that overlap on the way.
 func settingChanges(have, want []element) (dels, adds []element) {
 	dels, adds = changes(have, want)
-	var differs [numSets]bool
+	var differs [numAllSets]bool
 	for _, es := range [][]element{dels, adds} {
 		for _, e := range es {
 			differs[e.set] = true

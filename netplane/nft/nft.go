@@ -46,15 +46,16 @@ var errClosed = fmt.Errorf("service tables: %w", os.ErrClosed)
 // Services implements netplane.Services with nftables. All methods are safe for
 // concurrent use; they take turns.
 type Services struct {
-	name string
-	log  *slog.Logger
+	name   string
+	layout layout
+	log    *slog.Logger
 
 	mu sync.Mutex
 	// closed: the netlink library would go on with a socket of whatever network
 	// namespace its caller is in.
 	closed bool
 	conn   *nftables.Conn
-	wire   *wire
+	wire   *elementWire
 	flows  *netlink.Handle
 	// known says that have and what follows is what the kernel holds.
 	known  bool
@@ -76,12 +77,12 @@ func New(table string, log *slog.Logger) (*Services, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", err)
 	}
-	s := &Services{name: table, log: log, conn: conn}
+	s := &Services{name: table, layout: balancing, log: log, conn: conn}
 	if s.wire, err = openWire(); err != nil {
 		return nil, errors.Join(err, conn.CloseLasting())
 	}
 	if s.flows, err = netlink.NewHandle(unix.NETLINK_NETFILTER); err != nil {
-		return nil, errors.Join(fmt.Errorf("open conntrack: %w", err), s.wire.close(), conn.CloseLasting())
+		return nil, errors.Join(fmt.Errorf("open conntrack: %w", err), s.wire.Close(), conn.CloseLasting())
 	}
 	return s, nil
 }
@@ -95,7 +96,7 @@ func (s *Services) Close() error {
 	}
 	s.closed = true
 	s.flows.Close()
-	return errors.Join(s.conn.CloseLasting(), s.wire.close())
+	return errors.Join(s.conn.CloseLasting(), s.wire.Close())
 }
 
 func (s *Services) table(f *family) *nftables.Table {
@@ -164,6 +165,13 @@ func (s *Services) Purge(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// Retire removes all services; connections that are established go on, because the
+// kernel remembers where they go. It is done at once.
+func (s *Services) Retire(ctx context.Context) (bool, error) {
+	err := s.Purge(ctx)
+	return err == nil, err
 }
 
 func (s *Services) dropTable(f *family) error {

@@ -18,7 +18,6 @@ const reg0 = unix.NFT_REG32_00
 
 const (
 	dstNATStatus = 1 << 5 // IPS_DST_NAT of nf_conntrack_common.h
-	dirReply     = 1      // IP_CT_DIR_REPLY
 	// dynsetDelete is NFT_DYNSET_OP_DELETE of nf_tables.h.
 	dynsetDelete = 2
 )
@@ -61,11 +60,12 @@ func (f *family) balance(own bool) [][]expr.Any {
 	return append(rules, to(services))
 }
 
-// filter refuses what is addressed to a service and was not translated.
+// filter refuses what is addressed to a service and was not translated. What is
+// established may be another balancer's, which gives way to this one.
 func (f *family) filter(forwarded bool) [][]expr.Any {
 	refuse := &expr.Verdict{Kind: expr.VerdictGoto, Chain: "refuse"}
 	rules := [][]expr.Any{
-		{ct(expr.CtKeyDIRECTION), equal([]byte{dirReply}), accept()},
+		{ct(expr.CtKeySTATE), bits(reg0, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}, accept()},
 		{f.load(reg0, f.daddr), member(reg0, ranges), refuse},
 		append(f.loadPort(reg0), member(reg0, closed), refuse),
 	}

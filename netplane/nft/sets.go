@@ -45,6 +45,23 @@ const (
 	numSets
 )
 
+// The sets that only a Guard has.
+const (
+	// draining are services that ended and still have connections.
+	draining = numSets + iota
+	// outside are services whose address is in no range.
+	outside
+	// dropped are services without endpoints of which senders are not told.
+	dropped
+	// marks maps services to the packet mark of clients from outside, where they are led
+	// elsewhere; undelivered are those that lead such clients nowhere.
+	marks
+	undelivered
+	// before is what a balancer noted of the kernel's settings.
+	before
+	numAllSets
+)
+
 // affinitySize bounds the clients remembered at a time; beyond it a new client is
 // balanced without being remembered.
 const affinitySize = 1 << 18
@@ -52,13 +69,26 @@ const affinitySize = 1 << 18
 // firstOutside is the index of the first endpoint for clients from outside.
 const firstOutside = 1 << 31
 
-var setNames = [numSets]string{"services", "split", "guarded", "allowed", "endpoints", "closed", "identities", "live", "affinity", "hairpin",
-	"cluster", "pods", "range", "announced", "near", "local"}
+var setNames = [numAllSets]string{"services", "split", "guarded", "allowed", "endpoints", "closed", "identities", "live", "affinity", "hairpin",
+	"cluster", "pods", "range", "announced", "near", "local",
+	"draining", "outside", "dropped", "marks", "undelivered", "before"}
 
 // interval reports whether a set of addresses holds ranges of them.
 func (id setID) interval() bool {
 	return id == cluster || id == pods || id == ranges || id == announced
 }
+
+// layout is what a table consists of.
+type layout struct {
+	sets   []setID
+	chains func(*family) []chain
+}
+
+// balancing is the layout of Services, guarding that of a Guard.
+var (
+	balancing = layout{[]setID{services, split, guarded, allowed, endpoints, closed, identities, live, affinity, hairpin, cluster, pods, ranges, announced, near, local}, (*family).chains}
+	guarding  = layout{[]setID{closed, draining, outside, dropped, marks, undelivered, guarded, allowed, hairpin, cluster, pods, ranges, announced, near, local, before}, (*family).guardChains}
+)
 
 // set describes a set to the kernel.
 func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
@@ -74,7 +104,11 @@ func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, backend
 	case identities:
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, nftables.TypeMark
-	case closed, guarded, local:
+	case before:
+		s.KeyType, s.Concatenation, s.IsMap, s.DataType = nftables.TypeMark, false, true, nftables.TypeMark
+	case marks:
+		s.KeyType, s.IsMap, s.DataType = concat(port...), true, nftables.TypeMark
+	case closed, guarded, local, draining, outside, dropped, undelivered:
 		s.KeyType = concat(port...)
 	case affinity:
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{f.addrType}, port...)...), true, nftables.TypeMark

@@ -50,6 +50,19 @@ func peerOf(n *corev1.Node) Peer {
 	return p
 }
 
+// lost are the pods of nodes that are known not to be ready; of those whose condition
+// nobody reports nothing is known.
+func lost(d Desired) []netip.Prefix {
+	var out []netip.Prefix
+	for _, n := range d.Nodes {
+		i := slices.IndexFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type == corev1.NodeReady })
+		if n.Name != d.Node && i >= 0 && n.Status.Conditions[i].Status != corev1.ConditionTrue {
+			out = append(out, peerOf(n).Pods...)
+		}
+	}
+	return prefixes(out)
+}
+
 // addresses are a node's addresses of some kinds, in the order in which its agent names
 // them.
 func addresses(n *corev1.Node, kinds ...corev1.NodeAddressType) []netip.Addr {

@@ -11,6 +11,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
+
+	"decree.dev/decree/schemas/api"
 )
 
 // defaultAffinity is what Kubernetes uses when ClientIP affinity names no timeout.
@@ -92,6 +94,7 @@ func newRenderer(d Desired) *renderer {
 		Announced: prefixes(d.Announced),
 		Cluster:   prefixes(d.ClusterCIDR),
 		Pods:      prefixes(d.PodCIDRs),
+		Lost:      lost(d),
 	}}
 	if d.DNS.IsValid() {
 		r.table.Local = []Port{{d.DNS.Unmap(), TCP, DNSPort}, {d.DNS.Unmap(), UDP, DNSPort}}
@@ -161,8 +164,10 @@ func (r *renderer) add(svc *corev1.Service, eps []*discoveryv1.EndpointSlice) {
 func (r *renderer) addPort(svc *corev1.Service, p *corev1.ServicePort, at Port, ips []netip.Addr, eps reachable) {
 	local := svc.Spec.InternalTrafficPolicy != nil && *svc.Spec.InternalTrafficPolicy == corev1.ServiceInternalTrafficPolicyLocal
 	cluster := eps.internal(local, affinity(svc))
+	cluster.Scheduler = scheduler(svc, &cluster)
 	r.claim(clusterClaim, cluster, at, ips, eps.v4)
 	external := eps.external(svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal, affinity(svc))
+	external.Scheduler = scheduler(svc, &external)
 	balanced := svc.Spec.Type == corev1.ServiceTypeLoadBalancer
 	if balanced {
 		r.claim(balancerClaim, guarded(external, svc.Spec.LoadBalancerSourceRanges, eps.v4), at, r.outer(ingress(svc)), eps.v4)
@@ -277,6 +282,15 @@ func affinity(svc *corev1.Service) time.Duration {
 		return time.Duration(*c.ClientIP.TimeoutSeconds) * time.Second
 	}
 	return defaultAffinity
+}
+
+// scheduler is the one that svc asks for, if there is anything to choose from.
+func scheduler(svc *corev1.Service, s *Service) string {
+	name := svc.Annotations[api.AnnotationScheduler]
+	if len(s.Endpoints) == 0 || !slices.Contains(api.Schedulers, name) {
+		return ""
+	}
+	return name
 }
 
 // Targets returns the pods that d means to send new connections to: those behind

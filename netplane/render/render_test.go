@@ -157,6 +157,24 @@ func TestSettings(t *testing.T) {
 	}
 }
 
+// TestLost: the pods of nodes that do not answer are lost, those of this node never.
+func TestLost(t *testing.T) {
+	node := func(name, cidr string, ready ...corev1.ConditionStatus) *corev1.Node {
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{PodCIDRs: []string{cidr}}}
+		for _, r := range ready {
+			n.Status.Conditions = append(n.Status.Conditions, corev1.NodeCondition{Type: corev1.NodeReady, Status: r})
+		}
+		return n
+	}
+	got := Render(Desired{Node: "n1", Nodes: []*corev1.Node{
+		node("n1", "10.98.1.0/24", corev1.ConditionFalse), node("n2", "10.98.2.0/24", corev1.ConditionTrue), node("n3", "10.98.3.0/24", corev1.ConditionUnknown),
+		node("n4", "10.98.4.0/24", corev1.ConditionFalse), node("n5", "10.98.5.0/24"),
+	}})
+	if fmt.Sprint(got.Lost) != "[10.98.3.0/24 10.98.4.0/24]" {
+		t.Error(got.Lost)
+	}
+}
+
 // TestOrder: the table does not depend on the order of the objects, and is ordered.
 func TestOrder(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
@@ -207,5 +225,27 @@ func BenchmarkRender(b *testing.B) {
 	}
 	for b.Loop() {
 		Render(d)
+	}
+}
+
+// TestScheduler: what a service asks for holds for all of its ports that have endpoints, and
+// what nobody knows for none.
+func TestScheduler(t *testing.T) {
+	for _, c := range []struct{ asked, want string }{{"lc", "lc"}, {"", ""}, {"dice", ""}} {
+		s := svc("a", corev1.ServiceSpec{ClusterIP: "10.97.0.1", ExternalIPs: []string{"203.0.113.1"}, Ports: []corev1.ServicePort{{Name: "p", Port: 80}, {Name: "q", Port: 81}}})
+		s.Annotations = map[string]string{"net.decree.dev/scheduler": c.asked}
+		got := Render(Desired{Services: []*corev1.Service{s}, Slices: []*discoveryv1.EndpointSlice{slice("a", discoveryv1.AddressTypeIPv4, 8080, "10.98.0.2")}})
+		if len(got.Services) != 4 {
+			t.Fatalf("%+v", got)
+		}
+		for _, e := range got.Services {
+			want := c.want
+			if len(e.Endpoints) == 0 {
+				want = ""
+			}
+			if e.Scheduler != want {
+				t.Errorf("asked for %q, %s has %q", c.asked, e.Port, e.Scheduler)
+			}
+		}
 	}
 }

@@ -109,6 +109,10 @@ type Service struct {
 	// Affinity is how long a client address keeps its endpoint after its last new
 	// connection, in whole seconds. Zero: no affinity.
 	Affinity time.Duration
+	// Scheduler is how the service's user wants endpoints to be chosen, one of
+	// api.Schedulers; empty: as the backend does it. Of the backends only IPVS has a choice,
+	// so that it does not count when services are compared.
+	Scheduler string
 }
 
 // Equal reports whether both mean the same.
@@ -147,6 +151,9 @@ type Table struct {
 	Near []netip.Addr
 	// Pods is the pods of this node. What they send out of the cluster is masqueraded.
 	Pods []netip.Prefix
+	// Lost are the pods of nodes that are gone: connections to endpoints there are not
+	// waited for. No kernel holds it, so that it does not count when tables are compared.
+	Lost []netip.Prefix
 }
 
 // Equal reports whether both tables mean the same.

@@ -137,6 +137,15 @@ func (j *judge) service(s *corev1.ServiceSpec) {
 	}
 }
 
+func (j *judge) scheduler(annotations map[string]string) {
+	if name, ok := annotations[api.AnnotationScheduler]; ok && !slices.Contains(api.Schedulers, name) {
+		j.add(Problem{
+			Field: "metadata.annotations", Message: "the value of " + api.AnnotationScheduler + " is not allowed",
+			Expected: "one of " + strings.Join(api.Schedulers, ", "), Found: fmt.Sprintf("%q", name),
+		})
+	}
+}
+
 func (j *judge) configMap(c *corev1.ConfigMap) {
 	size := 0
 	for _, k := range slices.Sorted(maps.Keys(c.Data)) {

@@ -43,6 +43,7 @@ func Check(o api.Object) []Problem {
 		j.template(&o.Spec.Template, o.Spec.Selector)
 	case *corev1.Service:
 		j.service(&o.Spec)
+		j.scheduler(o.Annotations)
 	case *corev1.ConfigMap:
 		j.configMap(o)
 	case *corev1.Secret:

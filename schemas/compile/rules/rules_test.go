@@ -66,6 +66,8 @@ func TestCheck(t *testing.T) {
 
 		{"service address", api.Services, serviceHead + "  clusterIP: 1.2.3.999\n", "spec.clusterIP: the value is not allowed"},
 		{"service without port", api.Services, "spec: {selector: {app: a}}", "spec.ports: a service with an address needs a port"},
+		{"service scheduler", api.Services, "metadata: {annotations: {net.decree.dev/scheduler: lc}}\n" + serviceHead, ""},
+		{"no such scheduler", api.Services, "metadata: {annotations: {net.decree.dev/scheduler: dice}}\n" + serviceHead, "metadata.annotations: the value of net.decree.dev/scheduler is not allowed"},
 		{"headless affinity", api.Services, serviceHead + "  clusterIP: None\n  sessionAffinity: ClientIP\n", "spec.sessionAffinity: a headless service"},
 		{"same port of two protocols", api.Services, "spec: {selector: {app: a}, ports: [{name: a, port: 53}, {name: b, port: 53, protocol: UDP}]}", ""},
 		{"two keys", api.ConfigMaps, "data: {a: b}\nbinaryData: {a: aGk=}", "binaryData: the key is in data"},
