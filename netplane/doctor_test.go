@@ -30,8 +30,8 @@ func TestDoctor(t *testing.T) {
 			}
 		}
 	}
-	if missing != 2 {
-		t.Errorf("%d plugins checked, want ptp and host-local", missing)
+	if missing != 3 {
+		t.Errorf("%d plugins checked, want ptp, host-local and bandwidth", missing)
 	}
 	if err := os.MkdirAll(n.cfg.CNIConfDir, 0o755); err != nil {
 		t.Fatal(err)

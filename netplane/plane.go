@@ -17,6 +17,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
+	"decree.dev/decree/netplane/announce"
 	"decree.dev/decree/netplane/cni"
 	"decree.dev/decree/netplane/dns"
 	"decree.dev/decree/netplane/healthcheck"
@@ -58,6 +59,8 @@ type Config struct {
 	// ResolvConf lists the name servers for all names outside the cluster; empty:
 	// /etc/resolv.conf.
 	ResolvConf string
+	// Stubs are domains with name servers of their own.
+	Stubs []dns.Stub
 	// NetNS is the node's network namespace; empty: that of the process.
 	NetNS string
 	// ReadBack is the time between comparisons; zero: DefaultReadBack.
@@ -108,6 +111,7 @@ type Plane struct {
 	services *balancer
 	dns      *dns.Server
 	health   *healthcheck.Server
+	callers  *announce.Announcer
 	metrics  *metrics
 
 	mu   sync.Mutex
@@ -123,6 +127,10 @@ type Plane struct {
 	// checks are what load balancers shall be told, and unchecked why some are not.
 	checks    []render.HealthCheck
 	unchecked string
+	// announced are the addresses of load balancers that this node announces; told is
+	// signalled when some came.
+	announced []netip.Addr
+	told      chan struct{}
 	// address is where DNS shall listen; moved is signalled when it changes.
 	address netip.Addr
 	moved   chan struct{}
@@ -136,14 +144,15 @@ func New(cfg Config) (*Plane, error) {
 	}
 	p := &Plane{
 		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(), overlay: overlay.New(cfg.Overlay),
-		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
+		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1), told: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
 	}
 	var err error
 	if p.services, err = openBalancer(&p.cfg); err != nil {
 		return nil, fmt.Errorf("netplane: %w", err)
 	}
+	p.callers = announce.New(p.host, cfg.Log)
 	p.health = healthcheck.New(healthcheck.Config{Listen: p.listen, Log: cfg.Log})
-	p.dns = dns.New(dns.Config{ResolvConf: cfg.ResolvConf, Dial: p.dial, Registerer: cfg.Registerer, Log: cfg.Log})
+	p.dns = dns.New(dns.Config{ResolvConf: cfg.ResolvConf, Stubs: cfg.Stubs, Dial: p.dial, Registerer: cfg.Registerer, Log: cfg.Log})
 	return p, nil
 }
 
@@ -156,7 +165,6 @@ func (p *Plane) Close() error { return errors.Join(p.health.Close(), p.services.
 // Set tries all of it again.
 func (p *Plane) Set(ctx context.Context, d Desired) error {
 	table := render.Render(d)
-	zone := dns.NewZone(d)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var errs []error
@@ -168,7 +176,10 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 		errs = append(errs, p.lead(self, peers))
 	}
 	errs = append(errs, p.sync(ctx, table))
-	p.dns.Set(zone)
+	if announced := render.Announcing(d); p.want == nil || !slices.Equal(p.announced, announced) {
+		errs = append(errs, p.call(announced)) // once the services are there
+	}
+	p.dns.Set(d)
 	p.checks = render.HealthChecks(d)
 	p.answer(ctx)
 	if p.address != d.DNS {
@@ -183,13 +194,13 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 		return fmt.Errorf("set network: %w", err)
 	}
 	p.want, p.self, p.peers = &table, self, peers
-	p.announce(render.Targets(d))
+	p.note(render.Targets(d))
 	return nil
 }
 
-// announce notes which pods the table in force sends new connections to, and which
+// note remembers which pods the table in force sends new connections to, and which
 // ones it just ceased to. The caller holds mu.
-func (p *Plane) announce(targets map[types.UID]bool) {
+func (p *Plane) note(targets map[types.UID]bool) {
 	now := time.Now()
 	maps.DeleteFunc(p.released, func(_ types.UID, at time.Time) bool { return now.Sub(at) > p.cfg.Linger })
 	for uid := range p.targets {
@@ -282,6 +293,51 @@ func (p *Plane) lead(self render.Peer, peers []render.Peer) error {
 	return errors.Join(err, p.networks.Configure(self.Pods, mtu))
 }
 
+// call announces the addresses of load balancers. The caller holds mu.
+func (p *Plane) call(addrs []netip.Addr) error {
+	p.announced = addrs
+	changes := 0
+	err := netspace.Do(p.cfg.NetNS, func() (err error) {
+		changes, err = p.callers.Sync(addrs)
+		return err
+	})
+	if changes > 0 {
+		select {
+		case p.told <- struct{}{}:
+		default:
+		}
+	}
+	return err
+}
+
+// tellEvery is the time between two times that others are told of an address that came.
+const tellEvery = time.Second
+
+// tell repeats what others were told, for a while.
+func (p *Plane) tell(ctx context.Context) {
+	var again <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.told:
+		case <-again:
+			left := 0
+			p.mu.Lock()
+			err := netspace.Do(p.cfg.NetNS, func() (err error) { left, err = p.callers.Tell(); return err })
+			p.mu.Unlock()
+			if err != nil {
+				p.log.Warn("announce addresses", "err", err)
+			}
+			if left == 0 {
+				again = nil
+				continue
+			}
+		}
+		again = time.After(tellEvery)
+	}
+}
+
 func (p *Plane) sync(ctx context.Context, t render.Table) error {
 	start := time.Now()
 	n, err := p.services.Sync(ctx, t)
@@ -317,6 +373,8 @@ func (p *Plane) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	wg.Go(func() { p.serveDNS(ctx) })
 	wg.Go(func() { p.watch(ctx) })
+	wg.Go(func() { p.collect(ctx) })
+	wg.Go(func() { p.tell(ctx) })
 	wg.Wait()
 	return context.Cause(ctx)
 }
@@ -337,6 +395,26 @@ func (p *Plane) watch(ctx context.Context) {
 	}
 }
 
+// collectEvery is the time between two Collects of the pod network; the first one comes
+// once the agent has had time to detach the pods that are no more.
+const collectEvery = time.Hour
+
+func (p *Plane) collect(ctx context.Context) {
+	next := time.NewTimer(p.cfg.ReadBack)
+	defer next.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-next.C:
+			if err := p.networks.Collect(ctx); err != nil && ctx.Err() == nil {
+				p.log.Warn("pod network", "err", err)
+			}
+			next.Reset(collectEvery)
+		}
+	}
+}
+
 // Repair compares the kernel with the last Set and repairs what differs. Run calls
 // it from time to time. It does nothing before the first Set.
 func (p *Plane) Repair(ctx context.Context) error {
@@ -346,7 +424,7 @@ func (p *Plane) Repair(ctx context.Context) error {
 		return nil
 	}
 	p.answer(ctx)
-	if err := errors.Join(p.prepare(p.want), p.lead(p.self, p.peers)); err != nil {
+	if err := errors.Join(p.prepare(p.want), p.lead(p.self, p.peers), p.call(p.announced)); err != nil {
 		return err
 	}
 	if _, err := p.services.Read(ctx); err != nil {
@@ -369,12 +447,12 @@ func (p *Plane) Purge(ctx context.Context) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.want = nil
-	p.checks = nil
+	p.checks, p.announced = nil, nil
 	p.answer(ctx)
 	cidrs, err := p.networks.PodCIDRs()
 	errs := []error{err, p.networks.Purge(ctx), p.services.Purge(ctx)}
 	errs = append(errs, netspace.Do(p.cfg.NetNS, func() error {
-		return errors.Join(p.overlay.Purge(), p.host.Links(cidrs), p.host.Restore())
+		return errors.Join(p.overlay.Purge(), p.callers.Purge(), p.host.Links(cidrs), p.host.Restore())
 	}))
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("purge network: %w", err)

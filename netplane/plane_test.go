@@ -25,6 +25,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"decree.dev/decree/netplane"
+	clusterdns "decree.dev/decree/netplane/dns"
 	"decree.dev/decree/netplane/netplanetest"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
@@ -409,5 +410,37 @@ func TestWithdraw(t *testing.T) {
 	n.set(next)
 	if took := (<-done).Sub(begun); took < n.cfg.Linger {
 		t.Errorf("withdrawn after %s, before the linger was over", took)
+	}
+}
+
+// TestStub: a domain with a name server of its own, which the node reaches.
+func TestStub(t *testing.T) {
+	n := newNode(t)
+	var conn net.PacketConn
+	netspacetest.In(t, n.netns, func() (err error) {
+		conn, err = net.ListenPacket("udp", "127.0.0.1:0")
+		return err
+	})
+	const name = "www.corp.example."
+	server := &dns.Server{PacketConn: conn, Handler: dns.HandlerFunc(func(w dns.ResponseWriter, r *dns.Msg) {
+		m := new(dns.Msg).SetReply(r)
+		m.Answer = []dns.RR{&dns.A{Hdr: dns.RR_Header{Name: r.Question[0].Name, Rrtype: dns.TypeA, Class: dns.ClassINET, Ttl: 30}, A: net.IPv4(192, 0, 2, 9)}}
+		_ = w.WriteMsg(m) // or the client asks again
+	})}
+	ended := make(chan error, 1)
+	go func() { ended <- server.ActivateAndServe() }()
+	t.Cleanup(func() {
+		_ = server.Shutdown()
+		<-ended
+	})
+	stub, err := clusterdns.ParseStub("corp.example=" + conn.LocalAddr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.cfg.Stubs = []clusterdns.Stub{stub}
+	n.start()
+	n.set(desired())
+	if m := ask(t, n.netns, "udp", name, dns.TypeA); len(m.Answer) != 1 || m.Answer[0].(*dns.A).A.String() != "192.0.2.9" {
+		t.Errorf("%s", m)
 	}
 }

@@ -5,10 +5,12 @@ import (
 	"net/netip"
 	"testing"
 
+	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/netspace/netspacetest"
+	"decree.dev/decree/netplane/render"
 )
 
 // TestNodesServices: node ports and a load balancer's address on three nodes, as clients
@@ -85,6 +87,58 @@ func TestNodesServices(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestAnnounced: an address of the nodes' own network is found by who asks for it there,
+// and found elsewhere once the node that announced it is lost.
+func TestAnnounced(t *testing.T) {
+	nodes := machines(t, 4) // the last one is in another network, and holds the endpoint
+	for _, n := range nodes {
+		n.set(desiredOn(n, nodes))
+	}
+	_, a := nodes[3].attach("pod")
+	balanced := netip.MustParseAddr("192.168.1.200")
+	set := func(lost string) (announcer string) {
+		t.Helper()
+		for _, n := range nodes {
+			d := balancedOn(n, nodes, corev1.ServiceExternalTrafficPolicyCluster, balanced, a)
+			d.Announced = []netip.Prefix{netip.MustParsePrefix("192.168.1.200/29")}
+			for _, o := range d.Nodes {
+				if o.Name == nodes[3].name || o.Name == lost {
+					o.Labels = map[string]string{corev1.LabelNodeExcludeBalancers: ""}
+				}
+			}
+			if n.name != lost {
+				n.set(d)
+			}
+			d.Node = n.name
+			if len(render.Announcing(d)) > 0 {
+				announcer = n.name
+			}
+		}
+		return announcer
+	}
+	router := nodes[0].router
+	first := set("")
+	get(t, router, netip.AddrPortFrom(balanced, 80))
+	if err := reach(router, netip.AddrPortFrom(balanced, 22)); err == nil {
+		t.Error("the address answers at a port that no service has")
+	}
+	for _, n := range nodes {
+		if n.name == first { // its machine is off, as far as others see
+			netspacetest.In(t, n.netns, func() error {
+				l, err := netlink.LinkByName("eth0")
+				if err != nil {
+					return err
+				}
+				return netlink.LinkSetDown(l)
+			})
+		}
+	}
+	if second := set(first); second == first || second == "" {
+		t.Fatalf("announced by %q after %q was lost", second, first)
+	}
+	get(t, router, netip.AddrPortFrom(balanced, 80))
 }
 
 // balancedOn is [desiredOn] with a load balancer; each backend is on the node of which it

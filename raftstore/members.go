@@ -162,8 +162,8 @@ func (s *Store) HandOver() {
 // does nothing if another server leads, or if this one has no vote. A false alarm
 // costs an election and no data.
 func (s *Store) LeaderGone(id string) {
-	leader, _ := s.Leader()
-	if leader != id || s.IsLeader() || s.refusal() != nil {
+	// Who was asked for its vote knows of no leader.
+	if leader, _ := s.Leader(); leader != "" && leader != id || s.IsLeader() || s.refusal() != nil {
 		return
 	}
 	for _, m := range s.Members() {

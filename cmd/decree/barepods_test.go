@@ -118,7 +118,7 @@ func TestBombIsNotNoticed(t *testing.T) {
 	if code == 0 {
 		t.Errorf("the bomb was accepted:\n%s", out)
 	}
-	contains(t, out, "more memory than the limit of", "nothing has changed")
+	contains(t, out, "than the limit of", "nothing has changed") // of memory, or of time on a busy machine
 	if worst := <-looked; worst > 5*time.Second {
 		t.Errorf("the API took %s to answer meanwhile", worst)
 	}

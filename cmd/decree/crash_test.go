@@ -122,8 +122,15 @@ func (c *crashWorld) git(t *testing.T, dir string, args ...string) {
 	cmd := c.command(append([]string{"git"}, args...)...)
 	cmd.Dir = dir
 	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("git %s: %v\n%s", strings.Join(args, " "), err, out)
+		t.Fatalf("git %s: %v\n%s\n%s", strings.Join(args, " "), err, out, c.evidence())
 	}
+}
+
+// evidence is what a failure leaves: the files of the repository, and the end of the log.
+func (c *crashWorld) evidence() string {
+	files, _ := exec.Command("find", filepath.Join(c.data, "git"), "-type", "f", "-printf", "%T+ %s %p\n").CombinedOutput()
+	log, _ := os.ReadFile(filepath.Join(c.dir, "log"))
+	return fmt.Sprintf("files:\n%s\nlog:\n%s", files, log[max(0, len(log)-8<<10):])
 }
 
 // start runs the control plane and returns when it is ready.

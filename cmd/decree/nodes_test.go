@@ -52,6 +52,21 @@ func TestTwoNodes(t *testing.T) {
 			t.Errorf("on %s the service answers %v: want both pods", n.name, answers)
 		}
 	}
+
+	// A host port leads from a node's own address to the pod there, for everybody.
+	const door = `package hello
+
+door: {apiVersion: "v1", kind: "Pod", metadata: name: "door", spec: {nodeSelector: "kubernetes.io/hostname": "n2", containers: [
+	{name: "web", image: "decree.dev/hello:v1", ports: [{containerPort: 8080, hostPort: 80}], readinessProbe: httpGet: port: 8080},
+]}}
+`
+	if err := os.WriteFile(filepath.Join(p.dir, "repo/door.cue"), []byte(door), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	p.commit(s, "door")
+	for _, from := range []string{nodes[0].netns, nodes[1].netns, s.netns} {
+		fetch(t, from, planeSubnet+"102:80")
+	}
 }
 
 // fetch asks a web server from a network namespace, on a new connection.
@@ -160,8 +175,15 @@ func (p *controlPlane) push(at *serverProcess, example string) {
 		p.t.Fatalf("manifests of %s: %v", example, err)
 	}
 	p.run(at, append([]string{"cp", "-t", repo}, manifests...)...)
+	p.commit(at, example)
+}
+
+// commit pushes what is in the clone, and waits until it is healthy.
+func (p *controlPlane) commit(at *serverProcess, message string) {
+	p.t.Helper()
+	repo := filepath.Join(p.dir, "repo")
 	p.run(at, "git", "-C", repo, "add", "-A")
-	p.run(at, "git", "-C", repo, "commit", "-qm", example)
+	p.run(at, "git", "-C", repo, "commit", "-qm", message)
 	if out := p.run(at, "git", "-C", repo, "push", "origin", "HEAD:main"); !strings.Contains(out, "healthy after") {
 		p.t.Fatalf("the push did not end healthy:\n%s", out)
 	}

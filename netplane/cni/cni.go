@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"github.com/containernetworking/cni/libcni"
+	cnitypes "github.com/containernetworking/cni/pkg/types"
 	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -61,6 +62,8 @@ type Networks struct {
 
 	mu   sync.Mutex
 	pods map[types.UID]*turn
+
+	collecting sync.RWMutex // held for writing by Collect
 }
 
 type turn struct {
@@ -82,6 +85,7 @@ func New(cfg Config, log *slog.Logger) *Networks {
 
 // lock waits for this pod's turn, and returns what ends it.
 func (n *Networks) lock(pod types.UID) func() {
+	n.collecting.RLock()
 	n.mu.Lock()
 	t := n.pods[pod]
 	if t == nil {
@@ -92,6 +96,7 @@ func (n *Networks) lock(pod types.UID) func() {
 	n.mu.Unlock()
 	t.Lock()
 	return func() {
+		defer n.collecting.RUnlock()
 		t.Unlock()
 		n.mu.Lock()
 		defer n.mu.Unlock()
@@ -109,18 +114,22 @@ func (n *Networks) Attach(ctx context.Context, pod *corev1.Pod, netns string) ([
 		return nil, err
 	}
 	defer n.lock(pod.UID)()
-	list, err := n.network()
+	limits, err := bandwidth(pod)
 	if err != nil {
 		return nil, fmt.Errorf("attach pod %s/%s: %w", pod.Namespace, pod.Name, err)
 	}
-	addrs, err := n.attach(ctx, list, pod, netns)
+	list, err := n.network(limits != nil)
+	if err != nil {
+		return nil, fmt.Errorf("attach pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	addrs, err := n.attach(ctx, list, pod, netns, limits)
 	if err != nil {
 		return nil, fmt.Errorf("attach pod %s/%s to network %q: %w", pod.Namespace, pod.Name, list.Name, err)
 	}
 	return addrs, nil
 }
 
-func (n *Networks) attach(ctx context.Context, list *libcni.NetworkConfigList, pod *corev1.Pod, netns string) ([]netip.Addr, error) {
+func (n *Networks) attach(ctx context.Context, list *libcni.NetworkConfigList, pod *corev1.Pod, netns string, limits map[string]any) ([]netip.Addr, error) {
 	if err := netspace.Do(netns, loopbackUp); err != nil {
 		return nil, err
 	}
@@ -130,6 +139,9 @@ func (n *Networks) attach(ctx context.Context, list *libcni.NetworkConfigList, p
 			{"IgnoreUnknown", "1"}, {"K8S_POD_NAMESPACE", pod.Namespace}, {"K8S_POD_NAME", pod.Name},
 			{"K8S_POD_INFRA_CONTAINER_ID", string(pod.UID)}, {"K8S_POD_UID", string(pod.UID)},
 		},
+	}
+	if limits != nil {
+		rt.CapabilityArgs = map[string]any{"bandwidth": limits}
 	}
 	have, err := n.cni.GetCachedAttachments(string(pod.UID))
 	if err != nil {
@@ -146,6 +158,9 @@ func (n *Networks) attach(ctx context.Context, list *libcni.NetworkConfigList, p
 		if err := n.detach(ctx, pod.UID, netns); err != nil {
 			return nil, err
 		}
+	}
+	if err := n.cni.GetStatusNetworkList(ctx, list); err != nil {
+		return nil, fmt.Errorf("the network cannot take pods now: %w", err)
 	}
 	addrs, err := n.add(ctx, list, rt)
 	if err == nil || ctx.Err() != nil || isTryAgain(err) {
@@ -226,6 +241,9 @@ func (n *Networks) detach(ctx context.Context, pod types.UID, netns string) erro
 		return fmt.Errorf("read cni configuration: %w", err)
 	}
 	list, err := parseConf(b, true)
+	if err == nil {
+		list, err = limited(list) // it may have had limits
+	}
 	if err != nil {
 		return fmt.Errorf("cni configuration %s: %w", n.cfg.confPath(), err)
 	}
@@ -299,6 +317,35 @@ func (n *Networks) allocated() ([]types.UID, error) {
 		}
 	}
 	return uids, nil
+}
+
+// Collect tells the plugins of the configuration in force which pods are attached, so
+// that they let go of all else (GC, since CNI 1.1; older plugins are not asked). No pod
+// is attached meanwhile.
+func (n *Networks) Collect(ctx context.Context) error {
+	n.collecting.Lock()
+	defer n.collecting.Unlock()
+	list, err := n.network(false)
+	if errors.Is(err, ErrNotReady) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("collect unused network resources: %w", err)
+	}
+	have, err := n.cni.GetCachedAttachments("")
+	if err != nil {
+		return fmt.Errorf("read attachments: %w", err)
+	}
+	valid := []cnitypes.GCAttachment{}
+	for _, a := range have {
+		if a.Network == list.Name {
+			valid = append(valid, cnitypes.GCAttachment{ContainerID: a.ContainerID, IfName: a.IfName})
+		}
+	}
+	if err := n.cni.GCNetworkList(ctx, list, &libcni.GCArgs{ValidAttachments: valid}); err != nil {
+		return fmt.Errorf("collect unused resources of network %q: %w", list.Name, err)
+	}
+	return nil
 }
 
 // Purge detaches every pod and removes the data folder. What a plugin does not let

@@ -130,13 +130,14 @@ func (c *Config) userConf() (string, error) {
 	return files[0], nil
 }
 
-// network loads the configuration in force.
-func (n *Networks) network() (*libcni.NetworkConfigList, error) {
+// network loads the configuration in force, for pods with limits or without.
+func (n *Networks) network(limits bool) (*libcni.NetworkConfigList, error) {
 	file, err := n.cfg.userConf()
 	if err != nil {
 		return nil, err
 	}
-	if file == "" {
+	own := file == ""
+	if own {
 		file = n.cfg.confPath()
 		if _, err := os.Stat(file); err != nil {
 			return nil, fmt.Errorf("%w: this node has no pod CIDR yet, and %s has no configuration", ErrNotReady, n.cfg.UserConfDir)
@@ -147,6 +148,9 @@ func (n *Networks) network() (*libcni.NetworkConfigList, error) {
 		return nil, fmt.Errorf("read cni configuration: %w", err)
 	}
 	list, err := parseConf(b, filepath.Ext(file) == ".conflist")
+	if err == nil && own && limits {
+		list, err = limited(list)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("cni configuration %s: %w", file, err)
 	}
@@ -180,9 +184,9 @@ func writeFile(path string, b []byte) error {
 // once there is one, and the user's file when that is it.
 func (n *Networks) Plugins() (names []string, file string, err error) {
 	if file, err = n.cfg.userConf(); err != nil || file == "" {
-		return []string{"ptp", "host-local"}, "", err
+		return []string{"ptp", "host-local", "bandwidth"}, "", err
 	}
-	list, err := n.network()
+	list, err := n.network(false)
 	if err != nil {
 		return nil, file, err
 	}

@@ -7,6 +7,7 @@ import (
 
 	"github.com/miekg/dns"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 
 	"decree.dev/decree/netplane/render"
 )
@@ -24,12 +25,59 @@ type answer struct {
 	exists bool // the name is there, though perhaps not with this type
 	rrs    []dns.RR
 	extra  []dns.RR
-	// alias is a name outside to go on with.
+	// alias is a name to go on with.
 	alias string
+	// targets are those of the SRV records so far.
+	targets map[target]bool
+}
+
+type target struct {
+	name string
+	port uint16
+}
+
+// maxAliases bounds a chain of aliases within the cluster.
+const maxAliases = 8
+
+// answer answers for a name (in lower case) that the zone owns. If outside is not
+// empty, it is the name that the answer so far is an alias for.
+func (z *zone) answer(name string, qtype uint16) (resp *dns.Msg, outside string) {
+	resp = new(dns.Msg)
+	resp.Authoritative = true
+	resp.Question = []dns.Question{{Name: name, Qtype: qtype, Qclass: dns.ClassINET}}
+	for range maxAliases {
+		a := z.lookup(name, qtype)
+		resp.Answer, resp.Extra = append(resp.Answer, a.rrs...), append(resp.Extra, a.extra...)
+		switch {
+		case !a.exists: // of the name at the end of the chain (RFC 6604)
+			resp.Rcode = dns.RcodeNameError
+		case qtype == dns.TypeANY:
+			resp.Answer = []dns.RR{anything(name)}
+			return resp, ""
+		case a.alias != "" && qtype != dns.TypeCNAME:
+			if !z.owns(a.alias) {
+				return resp, a.alias
+			}
+			name = a.alias
+			continue
+		}
+		if len(a.rrs) == 0 {
+			resp.Ns = []dns.RR{z.soa(z.origin(name))}
+		}
+		return resp, ""
+	}
+	resp.Answer, resp.Rcode = nil, dns.RcodeServerFailure
+	return resp, ""
+}
+
+// anything is the answer to questions for all types: one record that says that there
+// will be no more (RFC 8482, 4.2). It is of use to nobody who wants to flood others.
+func anything(name string) dns.RR {
+	return &dns.HINFO{Hdr: head(name, dns.TypeHINFO), Cpu: "RFC8482"}
 }
 
 // lookup finds name (in lower case, fully qualified), which the zone owns.
-func (z *Zone) lookup(name string, qtype uint16) answer {
+func (z *zone) lookup(name string, qtype uint16) answer {
 	if name == z.domain {
 		return z.apex(qtype)
 	}
@@ -45,7 +93,7 @@ func (z *Zone) lookup(name string, qtype uint16) answer {
 		return z.podName(name, labels[:last], qtype)
 	case "dns-version":
 		if last == 0 {
-			return only(qtype == dns.TypeTXT, &dns.TXT{Hdr: header(name, dns.TypeTXT), Txt: []string{specVersion}})
+			return only(qtype == dns.TypeTXT, &dns.TXT{Hdr: head(name, dns.TypeTXT), Txt: []string{specVersion}})
 		}
 	case "dns": // ns.dns, the name of this server
 		switch {
@@ -65,41 +113,41 @@ func only(yes bool, rr dns.RR) answer {
 	return answer{exists: true, rrs: []dns.RR{rr}}
 }
 
-func (z *Zone) apex(qtype uint16) answer {
+func (z *zone) apex(qtype uint16) answer {
 	switch qtype {
 	case dns.TypeSOA:
-		return only(true, z.soa())
+		return only(true, z.soa(z.domain))
 	case dns.TypeNS:
-		return only(true, &dns.NS{Hdr: header(z.domain, dns.TypeNS), Ns: "ns.dns." + z.domain})
+		return only(true, &dns.NS{Hdr: head(z.domain, dns.TypeNS), Ns: "ns.dns." + z.domain})
 	}
 	return answer{exists: true}
 }
 
 // soa is the record that says how long absence may be remembered (RFC 2308).
-func (z *Zone) soa() *dns.SOA {
+func (z *zone) soa(origin string) *dns.SOA {
 	return &dns.SOA{
-		Hdr: header(z.domain, dns.TypeSOA), Ns: "ns.dns." + z.domain, Mbox: "hostmaster." + z.domain,
+		Hdr: head(origin, dns.TypeSOA), Ns: "ns.dns." + z.domain, Mbox: "hostmaster." + z.domain,
 		Serial: 1, Refresh: 7200, Retry: 1800, Expire: 86400, Minttl: ttl,
 	}
 }
 
-func header(name string, t uint16) dns.RR_Header {
+func head(name string, t uint16) dns.RR_Header {
 	return dns.RR_Header{Name: name, Rrtype: t, Class: dns.ClassINET, Ttl: ttl}
 }
 
 // serviceName answers for what is below svc; labels are those before it.
-func (z *Zone) serviceName(name string, labels []string, qtype uint16) answer {
+func (z *zone) serviceName(name string, labels []string, qtype uint16) answer {
 	n := len(labels)
 	switch {
 	case n == 0:
 		return answer{exists: true}
 	case n == 1:
-		return answer{exists: z.namespaces[labels[0]]}
+		return answer{exists: z.hasNamespace(labels[0])}
 	case n > 4:
 		return answer{}
 	}
-	e := z.services[labels[n-2]+"."+labels[n-1]]
-	if e == nil {
+	e := z.find(labels[n-1], labels[n-2])
+	if e == nil || e.empty() {
 		return answer{}
 	}
 	switch {
@@ -117,13 +165,14 @@ func (z *Zone) serviceName(name string, labels []string, qtype uint16) answer {
 }
 
 // whole answers for the service itself.
-func (z *Zone) whole(e *service, name string, qtype uint16) answer {
+func (z *zone) whole(e *service, name string, qtype uint16) answer {
 	if e.svc.Spec.Type == corev1.ServiceTypeExternalName {
 		target := dns.CanonicalName(e.svc.Spec.ExternalName)
-		if _, ok := dns.IsDomainName(target); !ok || target == "." {
+		_, err := netip.ParseAddr(e.svc.Spec.ExternalName)
+		if _, ok := dns.IsDomainName(target); !ok || target == "." || err == nil { // an address is no name
 			return answer{exists: true}
 		}
-		return answer{exists: true, alias: target, rrs: []dns.RR{&dns.CNAME{Hdr: header(name, dns.TypeCNAME), Target: target}}}
+		return answer{exists: true, alias: target, rrs: []dns.RR{&dns.CNAME{Hdr: head(name, dns.TypeCNAME), Target: target}}}
 	}
 	if qtype == dns.TypeSRV {
 		a := answer{exists: true}
@@ -156,9 +205,9 @@ func addresses(name string, qtype uint16, all ...netip.Addr) answer {
 
 func address(name string, a netip.Addr) dns.RR {
 	if a.Is4() {
-		return &dns.A{Hdr: header(name, dns.TypeA), A: a.AsSlice()}
+		return &dns.A{Hdr: head(name, dns.TypeA), A: a.AsSlice()}
 	}
-	return &dns.AAAA{Hdr: header(name, dns.TypeAAAA), AAAA: a.AsSlice()}
+	return &dns.AAAA{Hdr: head(name, dns.TypeAAAA), AAAA: a.AsSlice()}
 }
 
 func oneEndpoint(e *service, name, host string, qtype uint16) answer {
@@ -176,7 +225,7 @@ func oneEndpoint(e *service, name, host string, qtype uint16) answer {
 }
 
 // portName answers for _port._proto.service.
-func (z *Zone) portName(e *service, name, port, proto string, qtype uint16) answer {
+func (z *zone) portName(e *service, name, port, proto string, qtype uint16) answer {
 	for i := range e.svc.Spec.Ports {
 		p := &e.svc.Spec.Ports[i]
 		if p.Name == "" || "_"+strings.ToLower(p.Name) != port || protoLabel(p.Protocol) != proto {
@@ -199,48 +248,73 @@ func protoLabel(p corev1.Protocol) string {
 }
 
 // srv adds the SRV records of one port, with the addresses of their targets.
-func (z *Zone) srv(a *answer, e *service, name string, p *corev1.ServicePort) {
-	add := func(target string, port uint16, addrs ...netip.Addr) {
-		a.rrs = append(a.rrs, &dns.SRV{Hdr: header(name, dns.TypeSRV), Weight: 100, Port: port, Target: target})
-		for _, x := range addrs {
-			a.extra = append(a.extra, address(target, x))
-		}
-	}
+func (z *zone) srv(a *answer, e *service, name string, p *corev1.ServicePort) {
 	if !e.headless() {
-		add(z.name(e), uint16(p.Port), render.ClusterIPs(e.svc)...)
+		a.addSRV(name, z.name(e), uint16(p.Port), render.ClusterIPs(e.svc)...)
 		return
 	}
 	for ep := range e.endpoints {
 		for i := range ep.slice.Ports {
-			sp := &ep.slice.Ports[i]
-			sameName := sp.Name == nil && p.Name == "" || sp.Name != nil && *sp.Name == p.Name
-			sameProto := sp.Protocol == nil && protoLabel(p.Protocol) == "_tcp" || sp.Protocol != nil && protoLabel(*sp.Protocol) == protoLabel(p.Protocol)
-			if sp.Port != nil && sameName && sameProto {
-				add(ep.host+"."+z.name(e), uint16(*sp.Port), ep.addr)
+			if sp := &ep.slice.Ports[i]; sp.Port != nil && samePort(sp, p) {
+				a.addSRV(name, ep.host+"."+z.name(e), uint16(*sp.Port), ep.addr)
 			}
 		}
 	}
 }
 
+// addSRV adds one record, unless it is there: an endpoint with addresses of both families
+// is one target.
+func (a *answer) addSRV(name, host string, port uint16, addrs ...netip.Addr) {
+	if a.targets == nil {
+		a.targets = map[target]bool{}
+	}
+	if t := (target{host, port}); !a.targets[t] {
+		a.targets[t] = true
+		a.rrs = append(a.rrs, &dns.SRV{Hdr: head(name, dns.TypeSRV), Weight: 100, Port: port, Target: host})
+	}
+	for _, x := range addrs {
+		a.extra = append(a.extra, address(host, x))
+	}
+}
+
+// samePort reports whether an endpoint's port is that of a service.
+func samePort(sp *discoveryv1.EndpointPort, p *corev1.ServicePort) bool {
+	name, proto := "", corev1.ProtocolTCP
+	if sp.Name != nil {
+		name = *sp.Name
+	}
+	if sp.Protocol != nil {
+		proto = *sp.Protocol
+	}
+	return name == p.Name && protoLabel(proto) == protoLabel(p.Protocol)
+}
+
 // podName answers for address.namespace.pod: the label is the answer.
-func (z *Zone) podName(name string, labels []string, qtype uint16) answer {
+func (z *zone) podName(name string, labels []string, qtype uint16) answer {
 	switch len(labels) {
 	case 0:
 		return answer{exists: true}
 	case 1:
-		return answer{exists: z.namespaces[labels[0]]}
+		return answer{exists: z.hasNamespace(labels[0])}
 	case 2:
-		if a, ok := undashed(labels[0]); ok && z.namespaces[labels[1]] {
+		if a, ok := undashed(labels[0]); ok && z.hasNamespace(labels[1]) {
 			return addresses(name, qtype, a)
 		}
 	}
 	return answer{}
 }
 
-func (z *Zone) pointer(name string, qtype uint16) answer {
-	a, ok := reverseAddr(name)
-	if !ok || z.ptr[a] == "" {
+func (z *zone) pointer(name string, qtype uint16) answer {
+	addr, ok := reverseAddr(name)
+	if !ok {
 		return answer{}
 	}
-	return only(qtype == dns.TypePTR, &dns.PTR{Hdr: header(name, dns.TypePTR), Ptr: z.ptr[a]})
+	names := z.names(addr)
+	a := answer{exists: len(names) > 0}
+	for _, n := range names {
+		if qtype == dns.TypePTR {
+			a.rrs = append(a.rrs, &dns.PTR{Hdr: head(name, dns.TypePTR), Ptr: n})
+		}
+	}
+	return a
 }

@@ -2,8 +2,10 @@ package dns
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 
+	iradix "github.com/hashicorp/go-immutable-radix/v2"
 	"github.com/miekg/dns"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -11,20 +13,28 @@ import (
 	"decree.dev/decree/netplane/render"
 )
 
-// Zone is what the cluster's names mean at one moment. It is immutable.
+// zone is what the cluster's names mean at one moment. It is immutable, and shares what
+// has not changed with the one before: a cluster of 30,000 services changes many times
+// a second.
 //
 // The names are those of the Kubernetes DNS specification 1.1.0.
-type Zone struct {
-	domain   string // "cluster.local." in lower case
-	server   netip.Addr
-	reverse  []netip.Prefix // that this zone answers for
-	services map[string]*service
-	// namespaces has every namespace with a service.
-	namespaces map[string]bool
-	ptr        map[netip.Addr]string
+type zone struct {
+	domain  string // "cluster.local." in lower case
+	server  netip.Addr
+	reverse []netip.Prefix // that this zone answers for
+	// services are by namespace and name, slices by namespace, service and name.
+	services *iradix.Tree[*service]
+	slices   *iradix.Tree[*discoveryv1.EndpointSlice]
+	// pointers are the names of addresses, by address, kind and name.
+	pointers *iradix.Tree[string]
+	// lists are what all of that was made of.
+	lists struct {
+		services []*corev1.Service
+		slices   []*discoveryv1.EndpointSlice
+	}
 }
 
-// service is one service under "name.namespace".
+// service is one service.
 type service struct {
 	svc    *corev1.Service
 	slices []*discoveryv1.EndpointSlice
@@ -37,41 +47,8 @@ type endpoint struct {
 	slice *discoveryv1.EndpointSlice
 }
 
-// NewZone indexes d. It keeps pointers into d's objects, which are never modified.
-func NewZone(d render.Desired) *Zone {
-	z := &Zone{
-		domain: dns.CanonicalName(d.Domain), server: d.DNS,
-		services:   make(map[string]*service, len(d.Services)),
-		namespaces: map[string]bool{}, ptr: map[netip.Addr]string{},
-	}
-	z.reverse = append(append(z.reverse, d.ServiceCIDR...), d.ClusterCIDR...)
-	for _, svc := range d.Services {
-		z.services[svc.Name+"."+svc.Namespace] = &service{svc: svc}
-		z.namespaces[svc.Namespace] = true
-	}
-	for _, s := range d.Slices {
-		if e := z.services[s.Labels[discoveryv1.LabelServiceName]+"."+s.Namespace]; e != nil {
-			e.slices = append(e.slices, s)
-		}
-	}
-	for _, e := range z.services {
-		name := z.name(e)
-		for _, a := range render.ClusterIPs(e.svc) {
-			z.ptr[a] = name
-		}
-		if e.headless() {
-			for ep := range e.endpoints {
-				if old := z.ptr[ep.addr]; old == "" || name < old {
-					z.ptr[ep.addr] = ep.host + "." + name
-				}
-			}
-		}
-	}
-	return z
-}
-
 // name is the service's full name.
-func (z *Zone) name(e *service) string {
+func (z *zone) name(e *service) string {
 	return e.svc.Name + "." + e.svc.Namespace + ".svc." + z.domain
 }
 
@@ -87,7 +64,7 @@ func (e *service) endpoints(yield func(endpoint) bool) {
 		}
 		for i := range s.Endpoints {
 			ep := &s.Endpoints[i]
-			if ready := ep.Conditions.Ready; ready != nil && !*ready && !e.svc.Spec.PublishNotReadyAddresses {
+			if ready := ep.Conditions.Ready; ready != nil && !*ready && !e.tolerant() {
 				continue
 			}
 			for _, text := range ep.Addresses {
@@ -95,16 +72,35 @@ func (e *service) endpoints(yield func(endpoint) bool) {
 				if err != nil {
 					continue
 				}
+				a = a.Unmap()
 				host := dashed(a)
 				if ep.Hostname != nil && *ep.Hostname != "" {
 					host = strings.ToLower(*ep.Hostname)
 				}
-				if !yield(endpoint{host, a.Unmap(), s}) {
+				if !yield(endpoint{host, a, s}) {
 					return
 				}
 			}
 		}
 	}
+}
+
+// tolerant reports whether endpoints that are not ready have names as well. The
+// annotation is what the specification speaks of, the field what has replaced it.
+func (e *service) tolerant() bool {
+	return e.svc.Spec.PublishNotReadyAddresses || e.svc.Annotations["service.alpha.kubernetes.io/tolerate-unready-endpoints"] == "true"
+}
+
+// empty reports whether e is headless without an endpoint to answer with: it then has
+// no name either.
+func (e *service) empty() bool {
+	if !e.headless() {
+		return false
+	}
+	for range e.endpoints {
+		return false
+	}
+	return true
 }
 
 // dashed is an address as a label.
@@ -127,7 +123,7 @@ func undashed(label string) (netip.Addr, bool) {
 }
 
 // owns reports whether this zone, and no other server, answers for a name.
-func (z *Zone) owns(name string) bool {
+func (z *zone) owns(name string) bool {
 	if dns.IsSubDomain(z.domain, name) {
 		return true
 	}
@@ -135,12 +131,28 @@ func (z *Zone) owns(name string) bool {
 	if !ok {
 		return false
 	}
-	for _, p := range z.reverse {
-		if p.Contains(a) {
-			return true
-		}
+	return slices.ContainsFunc(z.reverse, func(p netip.Prefix) bool { return p.Contains(a) })
+}
+
+// origin is the zone, as resolvers see it, that a name is in: the domain, or the
+// smallest reverse zone around the range of an address.
+func (z *zone) origin(name string) string {
+	a, ok := reverseAddr(name)
+	if !ok {
+		return z.domain
 	}
-	return false
+	i := slices.IndexFunc(z.reverse, func(p netip.Prefix) bool { return p.Contains(a) })
+	if i < 0 {
+		return z.domain
+	}
+	labels, bits := 4, 8
+	if a.Is6() {
+		labels, bits = 32, 4
+	}
+	for range labels - z.reverse[i].Bits()/bits {
+		_, name, _ = strings.Cut(name, ".")
+	}
+	return name
 }
 
 // reverseAddr reads a name below in-addr.arpa or ip6.arpa as a whole address.

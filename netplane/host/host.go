@@ -115,14 +115,16 @@ func (h *Host) Forward(v4, v6 bool) error {
 		if !x.want {
 			continue
 		}
-		if err := h.set(x.path, "1"); err != nil {
+		if err := h.Set(x.path, "1"); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (h *Host) set(path, value string) error {
+// Set changes a setting of the kernel, a file below /proc/sys, until Restore. What was
+// there before is noted first.
+func (h *Host) Set(path, value string) error {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return fmt.Errorf("read kernel setting: %w", err)

@@ -157,6 +157,43 @@ func TestClaims(t *testing.T) {
 	}
 }
 
+// TestHostPorts: ports of this node that lead to its pods, and to none that ended or is
+// in the node's own network.
+func TestHostPorts(t *testing.T) {
+	pod := func(name, nodeName string, phase corev1.PodPhase, ports []corev1.ContainerPort, ips ...string) *corev1.Pod {
+		p := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name}, Status: corev1.PodStatus{Phase: phase}}
+		p.Spec.NodeName, p.Spec.Containers = nodeName, []corev1.Container{{Name: "c", Ports: ports}}
+		for _, ip := range ips {
+			p.Status.PodIPs = append(p.Status.PodIPs, corev1.PodIP{IP: ip})
+		}
+		return p
+	}
+	http := []corev1.ContainerPort{{ContainerPort: 8080, HostPort: 80}, {ContainerPort: 9090}}
+	inHost := pod("e", "n1", corev1.PodRunning, []corev1.ContainerPort{{ContainerPort: 84, HostPort: 84}}, "192.0.2.1")
+	inHost.Spec.HostNetwork = true
+	d := cluster(nil)
+	d.Pods = []*corev1.Pod{
+		pod("b", "n1", corev1.PodRunning, http, "10.98.0.3"), // a has the port
+		pod("a", "n1", corev1.PodRunning, http, "10.98.0.2", "fd98::2"),
+		pod("c", "n2", corev1.PodRunning, http, "10.98.1.2"),
+		pod("d", "n1", corev1.PodFailed, []corev1.ContainerPort{{ContainerPort: 1, HostPort: 83}}, "10.98.0.4"),
+		inHost,
+		pod("f", "n1", corev1.PodPending, []corev1.ContainerPort{{ContainerPort: 1, HostPort: 85}}),
+		pod("g", "n1", corev1.PodRunning, []corev1.ContainerPort{
+			{ContainerPort: 1, HostPort: 86, HostIP: "192.0.2.1", Protocol: "UDP"}, {ContainerPort: 1, HostPort: 87, HostIP: "192.0.2.2"},
+			{ContainerPort: 1, HostPort: 88, HostIP: "0.0.0.0", Protocol: "SCTP"},
+		}, "10.98.0.5"),
+	}
+	got := Render(d)
+	const want = "tcp 192.0.2.1:80 -> [10.98.0.2:8080]\nudp 192.0.2.1:86 -> [10.98.0.5:1]\nsctp 192.0.2.1:88 -> [10.98.0.5:1]\ntcp [2001:db8::1]:80 -> [[fd98::2]:8080]\n"
+	if text(got) != want {
+		t.Errorf("%swant\n%s", text(got), want)
+	}
+	if fmt.Sprint(got.Near) != "[10.98.0.2 10.98.0.3 10.98.0.5 fd98::2]" {
+		t.Error(got.Near)
+	}
+}
+
 // TestInvariants: what Table promises holds for any services, in any order.
 func TestInvariants(t *testing.T) {
 	const v4 = discoveryv1.AddressTypeIPv4

@@ -29,6 +29,7 @@ type name struct{ namespace, name string }
 const (
 	clusterClaim = iota
 	nodeClaim
+	podClaim
 	balancerClaim
 	externalClaim
 	numClaims
@@ -47,8 +48,8 @@ type renderer struct {
 // Render returns the table that d asks for. Objects that cannot be used (an
 // address that does not parse, a port out of range) are left out: validation is
 // done where objects enter the cluster. When two services claim one port, a cluster
-// address wins over a node port, that over a load balancer's address, and that over an
-// external IP; then the one first by namespace and name has it.
+// address wins over a node port, that over a pod's host port, that over a load balancer's
+// address, and that over an external IP; then the one first by namespace and name has it.
 func Render(d Desired) Table {
 	r := newRenderer(d)
 	bySvc := slicesByService(d.Slices)
@@ -60,6 +61,7 @@ func Render(d Desired) Table {
 	for _, svc := range services {
 		r.add(svc, bySvc[name{svc.Namespace, svc.Name}])
 	}
+	r.hostPorts(d.Pods)
 	r.table.Services = settle(append(r.claims[clusterClaim], slices.Concat(r.claims[clusterClaim+1:]...)...))
 	r.table.Near = slices.SortedFunc(maps.Keys(r.near), netip.Addr.Compare)
 	return r.table

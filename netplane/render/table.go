@@ -29,6 +29,7 @@ type Desired struct {
 	Services    []*corev1.Service
 	Slices      []*discoveryv1.EndpointSlice
 	Nodes       []*corev1.Node
+	Pods        []*corev1.Pod // of this node, at least
 }
 
 // Proto is an IP protocol number (IANA "Protocol Numbers").

@@ -18,10 +18,15 @@ import (
 )
 
 const (
-	// turn is how long the next server in line waits for the one before it to be elected,
-	// turns how many of them it waits while that one stands.
-	turn  = 50 * time.Millisecond
-	turns = 6
+	// turn is how long the next server in line waits for the one before it to be elected.
+	turn = 50 * time.Millisecond
+	// standing is how long it waits in all while that one stands, and again how long
+	// before it asks anew.
+	standing = 300 * time.Millisecond
+	again    = 10 * time.Millisecond
+	// backlog is how many entries a server may have to apply before it leads, when others
+	// could lead at once. A server that has just started goes through its whole log.
+	backlog = 512
 )
 
 // ConnectionEnded is told when another server has closed its connection to this one.
@@ -42,6 +47,7 @@ func (k *Keeper) ConnectionEnded(who peer.Identity) {
 		return
 	}
 	k.probing = id
+	term := k.Store.Progress().Term // before another server stands
 	go func() {
 		defer func() {
 			k.mu.Lock()
@@ -51,7 +57,7 @@ func (k *Keeper) ConnectionEnded(who peer.Identity) {
 			}
 		}()
 		if refuses(address) {
-			k.stand(id)
+			k.stand(id, term)
 		}
 	}()
 }
@@ -90,24 +96,29 @@ func holds(conn net.Conn) bool {
 	return err == nil || errors.Is(err, os.ErrDeadlineExceeded)
 }
 
-// stand makes this server stand for election in place of the leader id, when it is its
-// turn: two that stand at once may both lose. A disk that is slow to write a vote down
-// is no reason to stand beside its server.
-func (k *Keeper) stand(id string) {
+// stand makes this server stand for election in place of the leader id of a term, when
+// it is its turn: two that stand at once may both lose. A disk that is slow to write a
+// vote down is no reason to stand beside its server.
+func (k *Keeper) stand(id string, term uint64) {
 	var line []raftstore.Member
 	for _, m := range k.Store.Members() {
 		if m.Voter && m.ID != id {
 			line = append(line, m)
 		}
 	}
-	slices.SortFunc(line, func(a, b raftstore.Member) int { return cmp.Compare(a.ID, b.ID) })
-	self := k.Self().ID
-	place := slices.IndexFunc(line, func(m raftstore.Member) bool { return m.ID == self })
-	if place < 0 {
+	now := k.Store.Progress()
+	place, before, after := inLine(line, k.Self().ID, now.Commit-min(now.Applied, now.Commit) > backlog)
+	if place < 0 || !k.pause(id, time.Duration(place)*turn) {
 		return
 	}
-	for waited := 0; waited < place || k.anyStands(line[:place], id); waited++ {
-		if waited == max(turns, place) || !k.pause(id) {
+	ahead := func() []raftstore.Member {
+		if k.Store.Progress().Term > term { // a vote was asked for: anybody may be the one that stands
+			return slices.Concat(before, after)
+		}
+		return before
+	}
+	for begun := time.Now(); k.anyStands(ahead(), id, term); {
+		if time.Since(begun) > standing || !k.pause(id, again) {
 			return // the timeouts of raft go on from here
 		}
 	}
@@ -115,9 +126,25 @@ func (k *Keeper) stand(id string) {
 	k.Store.LeaderGone(id)
 }
 
-// pause waits for a turn, and reports whether there is no other leader than id by then.
-func (k *Keeper) pause(id string) bool {
-	timer := time.NewTimer(turn)
+// inLine returns when it is a server's turn, counted in turns from 0, and who stands
+// before and after it: in the order of ids, and last of all if it is behind. Its place is
+// -1 if it is not among those that may stand. It sorts voters.
+func inLine(voters []raftstore.Member, self string, behind bool) (place int, before, after []raftstore.Member) {
+	slices.SortFunc(voters, func(a, b raftstore.Member) int { return cmp.Compare(a.ID, b.ID) })
+	at := slices.IndexFunc(voters, func(m raftstore.Member) bool { return m.ID == self })
+	switch {
+	case at < 0:
+		return -1, nil, nil
+	case behind:
+		return len(voters) + at, slices.Delete(voters, at, at+1), nil
+	default:
+		return at, voters[:at], voters[at+1:]
+	}
+}
+
+// pause waits for d, and reports whether there is no other leader than id by then.
+func (k *Keeper) pause(id string, d time.Duration) bool {
+	timer := time.NewTimer(d)
 	defer timer.Stop()
 	for {
 		changed := k.Store.LeaderChange()
@@ -132,17 +159,16 @@ func (k *Keeper) pause(id string) bool {
 	}
 }
 
-// anyStands asks servers whether one of them stands in place of the leader id.
-func (k *Keeper) anyStands(servers []raftstore.Member, id string) bool {
+// anyStands asks servers whether one of them stands in place of the leader id of a term.
+func (k *Keeper) anyStands(servers []raftstore.Member, id string, term uint64) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), 2*turn)
 	defer cancel()
-	mine := k.status()
 	answers := make(chan bool, len(servers))
 	for _, m := range servers {
 		go func() {
 			var theirs Status
 			err := k.Peers.Call(ctx, m.Address, callStatus, struct{}{}, &theirs)
-			answers <- err == nil && stands(mine, theirs, id)
+			answers <- err == nil && stands(k.status(), theirs, id, term)
 		}()
 	}
 	for range servers {
@@ -153,8 +179,10 @@ func (k *Keeper) anyStands(servers []raftstore.Member, id string) bool {
 	return false
 }
 
-// stands reports whether a server does not follow the leader id any more, and can win:
-// nobody votes for a log that is shorter than the own one.
-func stands(mine, theirs Status, id string) bool {
-	return theirs.Leader != id && theirs.LastIndex >= mine.LastIndex
+// stands reports whether there is reason to wait for a server, as it does not follow the
+// leader id of a term any more. If its log is shorter than the own one it cannot win, but
+// in its term nobody else can either, as it has given its vote to itself: it has to ask
+// for votes first, which takes who is asked to that term, and then to the next.
+func stands(mine, theirs Status, id string, term uint64) bool {
+	return theirs.Leader != id && (theirs.LastIndex >= mine.LastIndex || mine.Term < max(theirs.Term, term+1))
 }

@@ -3,6 +3,8 @@ package membership
 import (
 	"net"
 	"testing"
+
+	"decree.dev/decree/raftstore"
 )
 
 // TestRefuses has a listener for each way that a port answers.
@@ -56,9 +58,9 @@ func TestRefuses(t *testing.T) {
 }
 
 func TestStands(t *testing.T) {
-	at := func(leader string, last uint64) Status {
+	at := func(leader string, term, last uint64) Status {
 		var s Status
-		s.Leader, s.LastIndex = leader, last
+		s.Leader, s.Term, s.LastIndex = leader, term, last
 		return s
 	}
 	tests := []struct {
@@ -66,18 +68,49 @@ func TestStands(t *testing.T) {
 		mine, theirs Status
 		want         bool
 	}{
-		{"it has not noticed", at("a", 7), at("a", 7), false},
-		{"it stands with the same log", at("a", 7), at("", 7), true},
-		{"it stands with a longer log", at("a", 7), at("", 8), true},
-		{"it stands with a log that is too short", at("a", 7), at("", 6), false},
-		{"it has won", at("a", 7), at("b", 8), true},
-		{"it follows the one that has won", at("a", 7), at("c", 8), true},
+		{"it has not noticed", at("a", 3, 7), at("a", 3, 7), false},
+		{"it stands with the same log", at("a", 3, 7), at("", 4, 7), true},
+		{"it stands with a longer log", at("a", 3, 7), at("", 4, 8), true},
+		{"it stands with a log that is too short", at("a", 3, 7), at("", 4, 6), true},
+		{"it is about to stand with a log that is too short", at("a", 3, 7), at("", 3, 6), true},
+		{"it was refused because its log is too short", at("a", 4, 7), at("", 4, 6), false},
+		{"it was refused, and tries again", at("a", 4, 7), at("", 5, 6), true},
+		{"it has won", at("a", 4, 7), at("b", 4, 8), true},
+		{"it follows the one that has won", at("a", 4, 7), at("c", 4, 8), true},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := stands(tt.mine, tt.theirs, "a"); got != tt.want {
+			if got := stands(tt.mine, tt.theirs, "a", 3); got != tt.want {
 				t.Errorf("stands: %v", got)
 			}
 		})
+	}
+}
+
+func TestInLine(t *testing.T) {
+	tests := []struct {
+		self          string
+		behind        bool
+		place         int
+		before, after string
+	}{
+		{"a", false, 0, "", "bc"},
+		{"b", false, 1, "a", "c"},
+		{"c", false, 2, "ab", ""},
+		{"a", true, 3, "bc", ""},
+		{"b", true, 4, "ac", ""},
+		{"x", false, -1, "", ""},
+	}
+	ids := func(members []raftstore.Member) (all string) {
+		for _, m := range members {
+			all += m.ID
+		}
+		return all
+	}
+	for _, tt := range tests {
+		place, before, after := inLine([]raftstore.Member{{ID: "b"}, {ID: "c"}, {ID: "a"}}, tt.self, tt.behind)
+		if place != tt.place || ids(before) != tt.before || ids(after) != tt.after {
+			t.Errorf("%s, behind %v: place %d, before %q, after %q", tt.self, tt.behind, place, ids(before), ids(after))
+		}
 	}
 }

@@ -82,6 +82,11 @@ func (o *obstacle) text() string {
 			return "runs as many pods as it may"
 		}
 		return "run as many pods as they may"
+	case strings.HasPrefix(o.lack.name, portPrefix):
+		if o.nodes == 1 {
+			return "has " + o.lack.name + " in use"
+		}
+		return "have " + o.lack.name + " in use"
 	}
 	return fmt.Sprintf("%s %s (need %s, most free %s)", verb, o.lack.name, o.lack.format(o.lack.need), o.lack.format(o.lack.free))
 }

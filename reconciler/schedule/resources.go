@@ -1,9 +1,12 @@
 package schedule
 
 import (
+	"cmp"
+	"fmt"
 	"maps"
 	"slices"
 	"strconv"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -112,7 +115,43 @@ func needsOf(p *corev1.Pod) amounts {
 	}
 	sum.add(amountsOf(p.Spec.Overhead), 1)
 	sum.pods = 1
+	if ports := hostPorts(&p.Spec); ports != nil {
+		sum.add(amounts{extra: ports}, 1)
+	}
 	return sum
+}
+
+// portPrefix begins the names of what every node has one of: its ports. No resource's
+// name has a space.
+const portPrefix = "host port "
+
+// hostPorts are the ports of a node that a pod takes, as resources; nil for none. Two
+// pods with the same port do not share a node, whatever addresses (hostIP) they name.
+func hostPorts(s *corev1.PodSpec) map[corev1.ResourceName]int64 {
+	var out map[corev1.ResourceName]int64
+	for _, containers := range [][]corev1.Container{s.InitContainers, s.Containers} {
+		for i := range containers {
+			for _, p := range containers[i].Ports {
+				if p.HostPort == 0 {
+					continue
+				}
+				if out == nil {
+					out = map[corev1.ResourceName]int64{}
+				}
+				protocol := cmp.Or(p.Protocol, corev1.ProtocolTCP)
+				out[corev1.ResourceName(fmt.Sprintf("%s%d/%s", portPrefix, p.HostPort, protocol))] = 1
+			}
+		}
+	}
+	return out
+}
+
+// extra is how much a node has of a resource without a field of its own.
+func (n *node) extra(name corev1.ResourceName) int64 {
+	if strings.HasPrefix(string(name), portPrefix) {
+		return 1
+	}
+	return n.allocatable.extra[name]
 }
 
 // lack is a resource of which a node has too little.
@@ -135,7 +174,7 @@ func (n *node) lacking(a *amounts) []lack {
 	check("memory", a.memory, n.allocatable.memory, n.used.memory, bytes)
 	check("ephemeral-storage", a.storage, n.allocatable.storage, n.used.storage, bytes)
 	for _, name := range slices.Sorted(maps.Keys(a.extra)) {
-		check(string(name), a.extra[name], n.allocatable.extra[name], n.used.extra[name], plain)
+		check(string(name), a.extra[name], n.extra(name), n.used.extra[name], plain)
 	}
 	return out
 }
@@ -149,7 +188,7 @@ func (n *node) fits(a *amounts) bool {
 		return false
 	}
 	for name, need := range a.extra {
-		if need > 0 && need > n.allocatable.extra[name]-n.used.extra[name] {
+		if need > 0 && need > n.extra(name)-n.used.extra[name] {
 			return false
 		}
 	}

@@ -91,6 +91,10 @@ func TestReasons(t *testing.T) {
 			newPod("p", "", "", "", func(p *corev1.Pod) {
 				p.Spec.Containers[0].Resources.Requests["example.com/gpu"] = resource.MustParse("2")
 			}), "0 of 1 nodes: 1 lacks example.com/gpu (need 2, most free 0)"},
+		"host port": {[]api.Object{newNode("a", "1", "1Gi"), newPod("x", "", "", "", on("a"), hostPort(80, ""))},
+			newPod("p", "", "", "", hostPort(80, corev1.ProtocolTCP)), "0 of 1 nodes: 1 has host port 80/TCP in use"},
+		"host ports of two protocols": {[]api.Object{newNode("a", "1", "1Gi"), newPod("x", "", "", "", on("a"), hostPort(53, ""))},
+			newPod("p", "", "", "", hostPort(53, corev1.ProtocolUDP)), ""},
 		"preferred taint is no obstacle": {[]api.Object{newNode("a", "1", "1Gi", taint("x", "", corev1.TaintEffectPreferNoSchedule))}, newPod("p", "", "", ""), ""},
 		"tolerated": {[]api.Object{newNode("a", "1", "1Gi", taint("x", "", corev1.TaintEffectNoExecute))},
 			newPod("p", "", "", "", func(p *corev1.Pod) {
@@ -108,6 +112,12 @@ func TestReasons(t *testing.T) {
 				t.Errorf("got  %q\nwant %q", got, c.want)
 			}
 		})
+	}
+}
+
+func hostPort(n int32, protocol corev1.Protocol) func(*corev1.Pod) {
+	return func(p *corev1.Pod) {
+		p.Spec.Containers[0].Ports = append(p.Spec.Containers[0].Ports, corev1.ContainerPort{ContainerPort: n, HostPort: n, Protocol: protocol})
 	}
 }
 

@@ -50,7 +50,7 @@ corev1.PodSpec                    volumes initContainers containers restartPolic
                                   tolerations enableServiceLinks
 corev1.Container                  name image command args workingDir ports envFrom env resources volumeMounts livenessProbe
                                   readinessProbe startupProbe lifecycle imagePullPolicy securityContext stdin tty
-corev1.ContainerPort              name containerPort protocol
+corev1.ContainerPort              name containerPort protocol hostPort hostIP
 corev1.EnvVarSource               fieldRef resourceFieldRef configMapKeyRef secretKeyRef
 corev1.VolumeMount                name readOnly mountPath subPath
 corev1.ResourceRequirements       limits requests

@@ -75,6 +75,7 @@ func (j *judge) template(t *corev1.PodTemplateSpec, s *metav1.LabelSelector) {
 		j.add(Problem{Field: field, Message: "pods get their name and namespace from the object that makes them", Hint: "remove the field"})
 	}
 	j.pod("spec.template.spec", &t.Spec)
+	j.bandwidth("spec.template.metadata.annotations", t.Annotations)
 }
 
 // expression judges one matchExpression, and whether the labels of the template fit it.

@@ -1,11 +1,14 @@
 package rules
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
+
+	"decree.dev/decree/schemas/api"
 )
 
 // pod judges the spec of a pod or of a template, which stands at the field at.
@@ -37,7 +40,19 @@ func (j *judge) pod(at string, s *corev1.PodSpec) {
 	for i, c := range containers {
 		j.container(where(i), c, s, volumes, i < len(s.InitContainers))
 	}
+	j.hostPorts(where, containers, s.HostNetwork)
 	j.podOptions(at, s)
+}
+
+// bandwidth judges the annotations of a pod or of a template, which stand at the field at.
+func (j *judge) bandwidth(at string, annotations map[string]string) {
+	for _, key := range []string{api.IngressBandwidth, api.EgressBandwidth} {
+		if text, ok := annotations[key]; ok {
+			if _, err := api.ParseBandwidth(text); err != nil {
+				j.add(Problem{Field: fmt.Sprintf("%s[%q]", at, key), Message: "the value is not allowed", Expected: "bits per second between 1k and 1P, such as 10M", Found: fmt.Sprintf("%q", text)})
+			}
+		}
+	}
 }
 
 // podOptions judges what is about the pod as a whole.
@@ -111,15 +126,35 @@ func (j *judge) container(at string, c *corev1.Container, s *corev1.PodSpec, vol
 func (j *judge) ports(at string, c *corev1.Container) {
 	var names, numbers []string
 	for _, p := range c.Ports {
-		protocol := p.Protocol
-		if protocol == "" {
-			protocol = corev1.ProtocolTCP
-		}
 		names = append(names, p.Name)
-		numbers = append(numbers, fmt.Sprintf("%d/%s", p.ContainerPort, protocol))
+		numbers = append(numbers, fmt.Sprintf("%d/%s", p.ContainerPort, cmp.Or(p.Protocol, corev1.ProtocolTCP)))
 	}
 	j.unique("two ports of the container have the same name", func(i int) string { return item(at+".ports", i, ".name") }, names)
 	j.unique("the container has this port twice", func(i int) string { return item(at+".ports", i, ".containerPort") }, numbers)
+}
+
+// hostPorts judges what the containers of a pod take of the node; where is the field of
+// each container.
+func (j *judge) hostPorts(where func(int) string, containers []*corev1.Container, hostNetwork bool) {
+	var taken, fields []string
+	for i, c := range containers {
+		for k, p := range c.Ports {
+			at := item(where(i)+".ports", k, "")
+			if p.HostPort != 0 && hostNetwork && p.HostPort != p.ContainerPort {
+				j.add(Problem{Field: at + ".hostPort", Message: "in the node's network the container has the port itself", Expected: fmt.Sprint(p.ContainerPort), Found: fmt.Sprint(p.HostPort)})
+			}
+			if p.HostIP != "" {
+				if a, err := netip.ParseAddr(p.HostIP); err != nil || a.Zone() != "" || a.IsLoopback() || a.IsMulticast() {
+					j.add(Problem{Field: at + ".hostIP", Message: "the value is not allowed", Expected: "an address of the node in its network", Found: fmt.Sprintf("%q", p.HostIP)})
+				}
+			}
+			if p.HostPort != 0 {
+				taken = append(taken, fmt.Sprintf("%d/%s", p.HostPort, cmp.Or(p.Protocol, corev1.ProtocolTCP)))
+				fields = append(fields, at+".hostPort")
+			}
+		}
+	}
+	j.unique("the pod takes this port of the node twice", func(i int) string { return fields[i] }, taken)
 }
 
 // probe judges a probe; once says that one success must be enough.

@@ -36,6 +36,7 @@ func Check(o api.Object) []Problem {
 	switch o := o.(type) {
 	case *corev1.Pod:
 		j.pod("spec", &o.Spec)
+		j.bandwidth("metadata.annotations", o.Annotations)
 	case *appsv1.Deployment:
 		j.deployment(o)
 	case *appsv1.ReplicaSet:

@@ -16,6 +16,10 @@ const (
 	serviceHead    = "spec:\n  selector: {app: a}\n  ports: [{port: 80}]\n"
 )
 
+func hostPorts(list string) string {
+	return "spec:\n  containers:\n  - name: a\n    image: x\n    ports: [" + list + "]\n"
+}
+
 // TestCheck gives each rule one object that breaks it, and each kind one that breaks none.
 func TestCheck(t *testing.T) {
 	tests := []struct {
@@ -44,6 +48,12 @@ func TestCheck(t *testing.T) {
 		{"toleration of all", api.Pods, podHead + "  tolerations: [{operator: Exists}]\n", ""},
 		{"toleration without key", api.Pods, podHead + "  tolerations: [{value: b}]\n", "spec.tolerations[0]: a toleration without key"},
 		{"name server", api.Pods, podHead + "  dnsConfig: {nameservers: [1.2.3.999]}\n", "spec.dnsConfig.nameservers[0]: the value is not allowed"},
+		{"host port", api.Pods, hostPorts("{containerPort: 80, hostPort: 8080, hostIP: 10.0.0.1}, {containerPort: 80, hostPort: 8080, protocol: UDP}"), ""},
+		{"host port twice", api.Pods, hostPorts("{containerPort: 80, hostPort: 8080}, {containerPort: 81, hostPort: 8080}"), "spec.containers[0].ports[1].hostPort: the pod takes this port of the node twice"},
+		{"host port on loopback", api.Pods, hostPorts("{containerPort: 80, hostPort: 8080, hostIP: 127.0.0.1}"), "spec.containers[0].ports[0].hostIP: the value is not allowed"},
+		{"other port in the node's network", api.Pods, hostPorts("{containerPort: 80, hostPort: 8080}") + "  hostNetwork: true\n", "spec.containers[0].ports[0].hostPort: in the node's network"},
+		{"bandwidth", api.Pods, "metadata: {annotations: {kubernetes.io/ingress-bandwidth: 10M, kubernetes.io/egress-bandwidth: 1G}}\n" + podHead, ""},
+		{"no bandwidth", api.Pods, "metadata: {annotations: {kubernetes.io/egress-bandwidth: fast}}\n" + podHead, `metadata.annotations["kubernetes.io/egress-bandwidth"]: the value is not allowed`},
 
 		{"empty selector", api.Deployments, strings.Replace(deploymentHead, "{matchLabels: {app: a}}", "{}", 1), "spec.selector: the selector selects nothing"},
 		{"expression in", api.Deployments, strings.Replace(deploymentHead, "{matchLabels: {app: a}}", "{matchExpressions: [{key: app, operator: In, values: [b]}]}", 1), "spec.selector.matchExpressions[0]: the selector does not match"},

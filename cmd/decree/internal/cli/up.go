@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"decree.dev/decree/cmd/decree/internal/daemon"
+	"decree.dev/decree/netplane/dns"
 	"decree.dev/decree/schemas/compile"
 )
 
@@ -22,6 +23,7 @@ func newCompiler() (*compile.Process, error) { return daemon.NewCompiler() }
 type daemonFlags struct {
 	level, serviceCIDR, podCIDR, dns string
 	tokenFile                        string
+	stubs                            []string
 }
 
 func upCmd(e *env) *cobra.Command {
@@ -51,7 +53,7 @@ reach: decree server --help.`,
 	dataFlags(c, &cfg)
 	flags.common(c, &cfg)
 	flags.server(c, &cfg, "127.0.0.1:7443")
-	c.Flags().StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
+	flags.node(c, &cfg)
 	c.Flags().BoolVar(&withAgent, "agent", true, "run containers on this machine")
 	return c
 }
@@ -107,8 +109,16 @@ server: containers are restarted, probes run, services answer.`,
 	}
 	dataFlags(c, &cfg)
 	flags.common(c, &cfg)
-	c.Flags().StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
+	flags.node(c, &cfg)
 	return c
+}
+
+// node are the flags of machines that run containers.
+func (d *daemonFlags) node(c *cobra.Command, cfg *daemon.Config) {
+	f := c.Flags()
+	f.StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
+	f.StringVar(&cfg.ResolvConf, "resolv-conf", "/etc/resolv.conf", "file with the name servers for names outside the cluster")
+	f.StringArrayVar(&d.stubs, "dns-stub", nil, "DOMAIN=ADDRESS[:PORT][,...]: a domain with name servers of its own; may be repeated")
 }
 
 // common are the flags of servers and agents.
@@ -170,6 +180,13 @@ func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 			return usageError{fmt.Errorf("--cluster-dns: %w", err)}
 		}
 		cfg.DNS = addr
+	}
+	for _, text := range d.stubs {
+		stub, err := dns.ParseStub(text)
+		if err != nil {
+			return usageError{fmt.Errorf("--dns-stub: %w", err)}
+		}
+		cfg.DNSStubs = append(cfg.DNSStubs, stub)
 	}
 	if d.tokenFile != "" {
 		data, err := os.ReadFile(d.tokenFile)

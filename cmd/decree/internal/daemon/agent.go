@@ -117,7 +117,7 @@ func (c *Config) supervision() containerd.SupervisorConfig {
 
 // network says what the network of a node is made of.
 func (c *Config) network(metrics prometheus.Registerer) netplane.Config {
-	return netplane.Config{DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Log: c.Log.With("part", "network"), Registerer: metrics}
+	return netplane.Config{DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", ResolvConf: c.ResolvConf, Stubs: c.DNSStubs, Log: c.Log.With("part", "network"), Registerer: metrics}
 }
 
 // openRuntime connects to containerd, starting it if it is ours.
@@ -217,6 +217,7 @@ func (n *node) desired(view api.Reader) netplane.Desired {
 		Services: slices.Collect(api.List[*corev1.Service](view, "")),
 		Slices:   slices.Collect(api.List[*discoveryv1.EndpointSlice](view, "")),
 		Nodes:    slices.Collect(api.List[*corev1.Node](view, "")),
+		Pods:     slices.Collect(api.List[*corev1.Pod](view, "")),
 	}
 	for _, node := range d.Nodes {
 		if node.Name != n.cfg.Node {

@@ -47,7 +47,7 @@ func (r registry) Issuer(ctx context.Context) (*pki.Issuer, error) {
 func (s *server) issuer() (*pki.Issuer, error) {
 	a, ok := api.Get[*api.Authority](s.store.View(), "", api.AuthorityName)
 	if !ok {
-		return nil, errors.New("this server does not have the cluster's state yet")
+		return nil, errNoState
 	}
 	return pki.NewIssuer(a.Spec)
 }
@@ -248,7 +248,7 @@ func (s *server) newCA(ctx context.Context) error {
 	return s.change(ctx, "new CA", func(view api.Reader) ([]api.Mutation, error) {
 		a, ok := api.Get[*api.Authority](view, "", api.AuthorityName)
 		if !ok {
-			return nil, errors.New("the cluster has no CA yet")
+			return nil, errNoCA
 		}
 		if len(a.Spec.CAs) > 1 {
 			return nil, nil

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/netplane/dns"
 	"decree.dev/decree/raftstore/membership"
 	"decree.dev/decree/raftstore/pki"
 )
@@ -64,6 +65,9 @@ type Config struct {
 	ServiceCIDR, PodCIDR netip.Prefix
 	DNS                  netip.Addr
 	Domain               string
+
+	ResolvConf string     // file with the name servers for names outside the cluster
+	DNSStubs   []dns.Stub // domains with name servers of their own
 
 	Log *slog.Logger
 }

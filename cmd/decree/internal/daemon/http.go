@@ -1,6 +1,7 @@
 package daemon
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -16,7 +17,15 @@ import (
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/raftstore/pki"
+	"decree.dev/decree/raftstore/seal"
 	"decree.dev/decree/schemas/api"
+)
+
+// What there is not before the first leader has written it.
+var (
+	errNoState = apierrors.NewServiceUnavailable("this server does not have the cluster's state yet")
+	errNoCA    = apierrors.NewServiceUnavailable("the cluster has no CA yet")
+	errNoKeys  = apierrors.NewServiceUnavailable("the cluster has no keys yet")
 )
 
 // clusterPath is where operators ask about the cluster itself, and act on it.
@@ -123,14 +132,24 @@ func (s *server) clusterHandler() http.Handler {
 	return mux
 }
 
-// inWords makes an error of this package one that the API answers with.
+// inWords makes an error of this package one that the API answers with: what the API
+// has words for keeps them, and the rest is about the request.
 func inWords(err error) error {
 	if remote, ok := errors.AsType[*peer.RemoteError](err); ok {
 		return apierrors.NewBadRequest(remote.Text)
 	}
 	var status apierrors.APIStatus
-	if errors.As(err, &status) || errors.Is(err, raftstore.ErrNotLeader) || errors.Is(err, raftstore.ErrLeadershipLost) {
+	var rejected *command.Rejection
+	if errors.As(err, &status) || errors.As(err, &rejected) {
 		return err
+	}
+	for _, known := range []error{
+		raftstore.ErrNotLeader, raftstore.ErrLeadershipLost, raftstore.ErrClosed, raftstore.ErrFatal, seal.ErrNoSpace,
+		context.DeadlineExceeded, context.Canceled,
+	} {
+		if errors.Is(err, known) {
+			return err
+		}
 	}
 	return apierrors.NewBadRequest(err.Error())
 }
@@ -138,7 +157,7 @@ func inWords(err error) error {
 func (s *server) settings() (*Settings, error) {
 	born := s.store.View().Settings()
 	if born == nil {
-		return nil, apierrors.NewServiceUnavailable("this server does not have the cluster's state yet")
+		return nil, errNoState
 	}
 	return &Settings{
 		ClusterID: born.ClusterID, ServiceCIDR: born.ServiceCIDR, PodCIDR: born.PodCIDR, DNS: born.DNS, Domain: s.cfg.Domain, Servers: s.addresses(),
@@ -221,7 +240,7 @@ func (s *server) revokeToken(r *http.Request, who apiserver.Identity) (any, erro
 func (s *server) caStatus() (*CAStatus, error) {
 	a, ok := api.Get[*api.Authority](s.store.View(), "", api.AuthorityName)
 	if !ok {
-		return nil, apierrors.NewServiceUnavailable("the cluster has no CA yet")
+		return nil, errNoCA
 	}
 	fleet := s.fleet()
 	step, err := pki.PlanRotation(a.Spec, fleet, time.Now())

@@ -2,7 +2,6 @@ package daemon
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"time"
@@ -102,7 +101,7 @@ func (s *server) rotateKeys(ctx context.Context) error {
 	return s.change(ctx, "rotate the keys of the disks", func(view api.Reader) ([]api.Mutation, error) {
 		a, ok := api.Get[*api.Authority](view, "", api.AuthorityName)
 		if !ok {
-			return nil, errors.New("the cluster has no keys yet")
+			return nil, errNoKeys
 		}
 		next := api.Clone(a)
 		next.Spec.KeyEpoch = max(next.Spec.KeyEpoch, s.store.KeyEpoch()) + 1

@@ -300,7 +300,7 @@ func (s *server) ready(context.Context) error {
 		return raftstore.ErrNotLeader
 	}
 	if s.store.View().Settings() == nil {
-		return errors.New("this server does not have the cluster's state yet")
+		return errNoState
 	}
 	return nil
 }

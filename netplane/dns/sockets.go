@@ -1,0 +1,243 @@
+package dns
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/net/ipv4"
+)
+
+const (
+	// maxQuery bounds the datagrams that are read: no query is that long.
+	maxQuery = 4096
+	// batch is how many datagrams one system call receives or sends at most: these calls
+	// are most of the work.
+	batch = 32
+	// maxConns bounds the TCP connections, maxClientConns those of one address, and
+	// maxPipelined the queries of one that wait for upstreams.
+	maxConns, maxClientConns, maxPipelined = 512, 32, 32
+	// tcpIdle is how long a connection may be without a query (RFC 7766, 6.2.3), and
+	// tcpStall how long a message may take.
+	tcpIdle, tcpStall = 10 * time.Second, 5 * time.Second
+)
+
+// park copies the query that a worker read, for as long as it takes to answer it.
+func (w *worker) park() *query {
+	q := w.q
+	q.question = slices.Clone(q.question)
+	return &q
+}
+
+// datagrams are those that one system call receives, with what answering them takes, and
+// those that one system call sends.
+type datagrams struct {
+	in, out []ipv4.Message
+	workers []worker
+}
+
+func newDatagrams(n int) *datagrams {
+	d := &datagrams{make([]ipv4.Message, n), make([]ipv4.Message, n), make([]worker, n)}
+	for i := range n {
+		d.in[i].Buffers, d.out[i].Buffers = [][]byte{make([]byte, maxQuery)}, make([][]byte, 1)
+	}
+	return d
+}
+
+// serveUDP answers datagrams until ctx ends or the socket fails. There is one such loop for
+// a socket: several would wake each other for every packet.
+func (s *Server) serveUDP(ctx context.Context, conn *net.UDPConn, busy *sync.WaitGroup) error {
+	pc := ipv4.NewPacketConn(conn) // receives and sends IPv6 as well
+	d := newDatagrams(batch)
+	for {
+		n, err := pc.ReadBatch(d.in, 0)
+		if err != nil {
+			return err
+		}
+		begun := time.Now()
+		answers := 0
+		for i := range n {
+			w, from := &d.workers[i], d.in[i].Addr
+			answer, wait := s.quick(w, d.in[i].Buffers[0][:d.in[i].N], true)
+			switch {
+			case wait:
+				s.later(ctx, w.park(), busy, func(answer []byte) {
+					_, err := conn.WriteTo(answer, from)
+					s.sent(begun, 1, err)
+				})
+			case answer != nil:
+				d.out[answers].Buffers[0], d.out[answers].Addr = answer, from
+				answers++
+			}
+		}
+		s.sendBatch(pc, d.out[:answers], begun)
+	}
+}
+
+// sendBatch sends answers. One that cannot be sent does not hold up the others.
+func (s *Server) sendBatch(pc *ipv4.PacketConn, out []ipv4.Message, begun time.Time) {
+	for len(out) > 0 {
+		n, err := pc.WriteBatch(out, 0)
+		if err != nil || n == 0 {
+			n = 1 // it is about the first one
+		}
+		s.sent(begun, n, err)
+		out = out[n:]
+	}
+}
+
+// sent notes that n answers went out, or that one did not. Whoever misses it asks again.
+func (s *Server) sent(begun time.Time, n int, err error) {
+	if err != nil {
+		s.log.Debug("dns answer not sent", "err", err)
+		return
+	}
+	for range n {
+		s.metrics.latency.Observe(time.Since(begun).Seconds())
+	}
+}
+
+// later answers a datagram's query in a goroutine of its own, unless too many wait already.
+func (s *Server) later(ctx context.Context, q *query, busy *sync.WaitGroup, send func([]byte)) {
+	select {
+	case s.waiting <- struct{}{}:
+		busy.Go(func() {
+			defer func() { <-s.waiting }()
+			send(s.slow(ctx, q, true))
+		})
+	default:
+		s.metrics.dropped.Inc()
+	}
+}
+
+// serveTCP accepts connections until ctx ends or the listener fails.
+func (s *Server) serveTCP(ctx context.Context, ln net.Listener, busy *sync.WaitGroup) error {
+	open := clients{}
+	for {
+		conn, err := ln.Accept()
+		if err != nil {
+			return err
+		}
+		client, ok := open.add(conn)
+		if !ok {
+			s.metrics.dropped.Inc()
+			conn.Close()
+			continue
+		}
+		busy.Go(func() {
+			defer open.remove(client)
+			c := &tcpConn{server: s, Conn: conn}
+			if err := c.serve(ctx); err != nil && !errors.Is(err, io.EOF) {
+				s.log.Debug("dns connection ended", "from", conn.RemoteAddr(), "err", err)
+			}
+		})
+	}
+}
+
+// clients counts TCP connections, so that no pod takes those of others.
+type clients struct {
+	mu   sync.Mutex
+	all  int
+	each map[string]int // by address
+}
+
+// add counts a connection, unless there are too many.
+func (c *clients) add(conn net.Conn) (client string, ok bool) {
+	client, _, _ = net.SplitHostPort(conn.RemoteAddr().String())
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.all >= maxConns || c.each[client] >= maxClientConns {
+		return client, false
+	}
+	if c.each == nil {
+		c.each = map[string]int{}
+	}
+	c.all++
+	c.each[client]++
+	return client, true
+}
+
+func (c *clients) remove(client string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.all--
+	if c.each[client]--; c.each[client] == 0 {
+		delete(c.each, client)
+	}
+}
+
+// tcpConn is one client's connection. Queries are answered as soon as they can be, which
+// may be in another order (RFC 7766, 6.2.1.1).
+type tcpConn struct {
+	net.Conn
+	server  *Server
+	writing sync.Mutex
+}
+
+func (c *tcpConn) serve(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { c.Close() })
+	var busy sync.WaitGroup
+	pipelined := make(chan struct{}, maxPipelined)
+	defer func() { // what waits is answered even if the client has sent all it had to say
+		busy.Wait()
+		stop()
+		c.Close()
+	}()
+	w := &worker{}
+	buf := make([]byte, 0, 512)
+	for {
+		var err error
+		if buf, err = c.readMessage(buf); err != nil {
+			return err
+		}
+		begun := time.Now()
+		answer, wait := c.server.quick(w, buf, false)
+		if wait {
+			pipelined <- struct{}{} // a client in a hurry waits here
+			c.server.waiting <- struct{}{}
+			q := w.park()
+			busy.Go(func() {
+				defer func() { <-pipelined; <-c.server.waiting }()
+				_ = c.writeMessage(c.server.slow(ctx, q, false)) // reading fails as well
+				c.server.metrics.latency.Observe(time.Since(begun).Seconds())
+			})
+			continue
+		}
+		if answer == nil {
+			return errors.New("it sent what is no query")
+		}
+		if err := c.writeMessage(answer); err != nil {
+			return err
+		}
+		c.server.metrics.latency.Observe(time.Since(begun).Seconds())
+	}
+}
+
+// readMessage reads one message into buf, which it may replace.
+func (c *tcpConn) readMessage(buf []byte) ([]byte, error) {
+	var length [2]byte
+	_ = c.SetReadDeadline(time.Now().Add(tcpIdle))
+	if _, err := io.ReadFull(c, length[:]); err != nil {
+		return nil, err
+	}
+	_ = c.SetReadDeadline(time.Now().Add(tcpStall))
+	n := int(binary.BigEndian.Uint16(length[:]))
+	buf = slices.Grow(buf[:0], n)[:n]
+	_, err := io.ReadFull(c, buf)
+	return buf, err
+}
+
+func (c *tcpConn) writeMessage(m []byte) error {
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	_ = c.SetWriteDeadline(time.Now().Add(tcpStall))
+	out := make([]byte, 0, 2+len(m))
+	out = binary.BigEndian.AppendUint16(out, uint16(len(m)))
+	_, err := c.Write(append(out, m...))
+	return err
+}
