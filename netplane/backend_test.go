@@ -20,12 +20,13 @@ import (
 	"decree.dev/decree/netplane/netspace/netspacetest"
 )
 
-// TestInKernel runs what needs IPVS in a stock kernel.
+// TestInKernel runs what needs IPVS in a stock kernel, and several nodes with IPVS on each.
 func TestInKernel(t *testing.T) {
 	if vm.Inside() {
 		t.Skip("this is the machine")
 	}
-	vm.Test(t, 2*time.Minute, "^TestKernel")
+	plugins := []string{"/usr/lib/cni/ptp", "/usr/lib/cni/host-local"}
+	vm.TestWith(t, 6*time.Minute, "^Test(Kernel|Nodes)", plugins)
 }
 
 // TestKernelSwitch: with IPVS in the kernel it is the backend; each backend gives way to
@@ -34,6 +35,7 @@ func TestKernelSwitch(t *testing.T) {
 	if !vm.Inside() {
 		t.Skip("TestInKernel runs it")
 	}
+	t.Parallel()
 	for _, n := range netplanetest.Nets {
 		t.Run(n.Name, func(t *testing.T) { switchBackends(t, n) })
 	}

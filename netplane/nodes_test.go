@@ -12,6 +12,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/netplanetest/vm"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
 )
@@ -19,6 +20,9 @@ import (
 // machines are nodes with Planes, in two networks with a router between them: all but
 // the last one in the first.
 func machines(t *testing.T, count int) []*node {
+	if vm.Inside() { // where each packet takes its time
+		t.Parallel()
+	}
 	router := netspacetest.Namespace(t, "router")
 	netspacetest.Switch(t, router, "br1", "192.168.1.254/24")
 	netspacetest.Switch(t, router, "br2", "192.168.2.254/24")
@@ -38,6 +42,9 @@ func machines(t *testing.T, count int) []*node {
 		netspacetest.Route(t, n.netns, "0.0.0.0/0", fmt.Sprintf("192.168.%d.254", network), "")
 		n.name, n.address = fmt.Sprint("n", i+1), fmt.Sprintf("192.168.%d.%d", network, i+1)
 		n.start()
+		if got := n.plane.Backend(); vm.Inside() && got != netplane.IPVS {
+			t.Fatalf("the kernel has IPVS, %s has %s", n.name, got)
+		}
 		nodes = append(nodes, n)
 	}
 	return nodes

@@ -29,7 +29,7 @@ func TestInKernel(t *testing.T) {
 	if vm.Inside() {
 		t.Skip("this is the machine")
 	}
-	vm.Test(t, 4*time.Minute, cmp.Or(os.Getenv("DECREE_TEST_RUN"), "^TestKernel"), "-rapid.checks=6")
+	vm.Test(t, 8*time.Minute, cmp.Or(os.Getenv("DECREE_TEST_RUN"), "^TestKernel"), "-rapid.checks=6")
 }
 
 // inside skips tests that only a machine with IPVS can run; TestInKernel runs them, at

@@ -388,17 +388,22 @@ func markWith(bit uint32) []expr.Any {
 
 // guardMasquerade is masquerade for connections whose address another balancer
 // changed: nothing in conntrack tells them from others, so that admit marks them. A
-// pod's packets to itself are here only if they were sent to a service.
+// pod's packets to itself are here only if they were sent to a service. Marks end here: a
+// packet that is wrapped now, for another node, would hand them on to what it is wrapped in.
 func (f *family) guardMasquerade() [][]expr.Any {
 	src, dst := f.load(reg0, f.saddr), f.load(reg0, f.daddr)
 	masq := &expr.Masq{FullyRandom: true}
 	marked := func(bit uint32) []expr.Any {
 		return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(bit, 0), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}}
 	}
+	unmark := []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(OwnBit|FarBit), 0),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
+	}
 	return [][]expr.Any{
 		{src, f.load(reg0+f.words, f.daddr), member(reg0, hairpin), masq},
-		append(marked(OwnBit), masq),
-		append(marked(FarBit), dst, notMember(reg0, near), masq),
+		join(marked(OwnBit), unmark, []expr.Any{masq}),
+		join(marked(FarBit), []expr.Any{dst, notMember(reg0, near)}, unmark, []expr.Any{masq}),
 		{src, member(reg0, pods), dst, notMember(reg0, cluster), dst, notMember(reg0, ranges), masq},
 	}
 }

@@ -159,6 +159,9 @@ func (k *kernel) initramfs(path string, cfg *Config) (err error) {
 	a.link("sbin/modprobe", "/bin/busybox")
 	a.copy("bin/main", cfg.Binary)
 	a.text("init", initScript(cfg))
+	if err := a.addFiles(cfg.Files); err != nil {
+		return err
+	}
 	var deps, aliases strings.Builder
 	for _, m := range modules {
 		a.copy("lib/modules/"+k.release+"/"+m.name+".ko", k.files[m.name])
@@ -213,12 +216,13 @@ func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + 
 // archive writes a cpio archive in the "newc" format, which is what the kernel
 // unpacks (Documentation/driver-api/early-userspace/buffer-format.rst).
 type archive struct {
-	w   io.Writer
-	ino int
-	err error
+	w       io.Writer
+	ino     int
+	folders map[string]bool
+	err     error
 }
 
-func newArchive(w io.Writer) *archive { return &archive{w: w} }
+func newArchive(w io.Writer) *archive { return &archive{w: w, folders: map[string]bool{}} }
 
 // The kinds of entries, as in a mode of stat(2).
 const (
@@ -251,7 +255,10 @@ func (a *archive) entry(name string, mode int, size int64, content io.Reader) {
 	a.err = err
 }
 
-func (a *archive) folder(name string) { a.entry(name, kindFolder, 0, strings.NewReader("")) }
+func (a *archive) folder(name string) {
+	a.folders[name] = true
+	a.entry(name, kindFolder, 0, strings.NewReader(""))
+}
 
 func (a *archive) text(name, content string) {
 	a.entry(name, kindFile, int64(len(content)), strings.NewReader(content))

@@ -29,6 +29,8 @@ type Config struct {
 	Args   []string
 	// Env is added to the few variables that there are, as "KEY=value".
 	Env []string
+	// Files are executables of this machine that Binary runs, by absolute path.
+	Files []string
 	// Modules can be loaded, with all they depend on: by the kernel itself when it
 	// misses one, as on any host. Load are those of them loaded before Binary starts.
 	Modules, Load []string

@@ -39,9 +39,17 @@ var Modules = []string{
 // Where there is no qemu or no kernel, t is skipped, or fails if Demand is set.
 func Test(t *testing.T, timeout time.Duration, run string, args ...string) {
 	t.Helper()
+	TestWith(t, timeout, run, nil, args...)
+}
+
+// TestWith is Test for tests that run other programs: files are executables of this
+// machine.
+func TestWith(t *testing.T, timeout time.Duration, run string, files []string, args ...string) {
+	t.Helper()
 	var seen watch
+	// Most tests wait for something, and few of them for a processor.
 	status, err := Run(t.Context(), Config{
-		Binary: binary(t), Args: append([]string{"-test.run", run, "-test.v"}, args...), Env: environment(),
+		Binary: binary(t), Args: append([]string{"-test.run", run, "-test.v", "-test.parallel=8"}, args...), Env: environment(), Files: files,
 		// Tests that make links at the same time would see the module half loaded.
 		Modules: Modules, Load: []string{"veth"}, Timeout: timeout, Console: io.MultiWriter(t.Output(), &seen),
 	})
