@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -233,8 +234,27 @@ func (k *kernel) command(c *command) (at int, seq uint32) {
 	return at, seq
 }
 
-// services returns all services of the network namespace, without their servers.
+// services returns all services of the network namespace, without their servers. The
+// kernel goes on in its list by how many it has shown, those of other namespaces
+// included: a change there makes it show some twice or not at all. So it is asked until
+// it says the same twice.
 func (k *kernel) services() ([]*virtual, error) {
+	before, err := k.list()
+	for range 5 {
+		if err != nil {
+			return nil, err
+		}
+		var now []*virtual
+		if now, err = k.list(); err == nil && slices.EqualFunc(before, now, func(a, b *virtual) bool { return a.key == b.key && a.sameHeader(b) }) {
+			return now, nil
+		}
+		before = now
+	}
+	return before, err
+}
+
+// list asks once.
+func (k *kernel) list() ([]*virtual, error) {
 	at := k.begin(k.family, cmdGetService, unix.NLM_F_DUMP)
 	k.End(at)
 	var out []*virtual
