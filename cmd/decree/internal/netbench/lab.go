@@ -3,6 +3,7 @@ package netbench
 import (
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -121,17 +122,17 @@ func configure(name, addr, other string) error {
 		netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: network(other + "/32"), Scope: netlink.SCOPE_LINK}))
 }
 
-// accept ends every connection by a reset, so that none lingers.
+// accept takes connections until their clients end them.
 func accept(ln net.Listener) {
 	for {
 		c, err := ln.Accept()
 		if err != nil {
 			return
 		}
-		if tcp, ok := c.(*net.TCPConn); ok {
-			_ = tcp.SetLinger(0)
-		}
-		c.Close()
+		go func() {
+			defer c.Close()
+			_, _ = io.Copy(io.Discard, c) // ends by a reset, so that none lingers
+		}()
 	}
 }
 
