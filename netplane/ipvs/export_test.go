@@ -49,6 +49,15 @@ func Timeout(seconds uint32) error {
 	return inKernel(func(k *kernel) error { return k.setTimeouts(map[uint16]uint32{attrTimeoutTCP: seconds}) })
 }
 
+// RemoveMany asks to remove services, in one go.
+func RemoveMany(ports []render.Port) error {
+	var cmds []command
+	for _, p := range ports {
+		cmds = append(cmds, command{verb: delService, service: &virtual{key: key{Port: p}}})
+	}
+	return send(cmds...)
+}
+
 func send(cmds ...command) error {
 	return inKernel(func(k *kernel) error { return k.do(context.Background(), cmds) })
 }

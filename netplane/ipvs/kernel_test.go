@@ -163,3 +163,16 @@ func TestProbeWithout(t *testing.T) {
 		t.Errorf("probing a kernel without IPVS: %v", err)
 	}
 }
+
+// TestKernelRefused: however much is refused at once, the kernel's reason is what is told.
+func TestKernelRefused(t *testing.T) {
+	inside(t)
+	var ports []render.Port
+	for i := range 10000 {
+		ports = append(ports, render.Port{Addr: netplanetest.Nets[1].Service(1), Proto: render.TCP, Port: uint16(1 + i)})
+	}
+	err := netspace.Do(netspacetest.Namespace(t, "node"), func() error { return ipvs.RemoveMany(ports) })
+	if !errors.Is(err, unix.ESRCH) || !strings.Contains(err.Error(), ports[0].String()) {
+		t.Errorf("%v", err)
+	}
+}

@@ -16,8 +16,10 @@ import (
 )
 
 const (
-	// sendBuffer is the largest datagram the socket takes, in bytes.
-	sendBuffer = 8 << 20
+	// sendBuffer is the largest datagram the socket takes, in bytes, and receiveBuffer how
+	// much may wait to be read: the kernel answers all messages of a datagram before any
+	// answer is read, and drops what there is no room for.
+	sendBuffer, receiveBuffer = 8 << 20, 32 << 20
 	// replyTimeout bounds the wait for the kernel; it answers within the send.
 	replyTimeout = 10 * time.Second
 )
@@ -54,6 +56,12 @@ func (w *Conn) configure() error {
 	}
 	if err := unix.SetsockoptInt(w.fd, unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, sendBuffer); err != nil {
 		return fmt.Errorf("enlarge netlink send buffer (needs CAP_NET_ADMIN): %w", err)
+	}
+	if err := unix.SetsockoptInt(w.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, receiveBuffer); err != nil {
+		return fmt.Errorf("enlarge netlink receive buffer (needs CAP_NET_ADMIN): %w", err)
+	}
+	if err := unix.SetsockoptInt(w.fd, unix.SOL_NETLINK, unix.NETLINK_CAP_ACK, 1); err != nil {
+		return fmt.Errorf("shorten netlink replies: %w", err)
 	}
 	tv := unix.NsecToTimeval(replyTimeout.Nanoseconds())
 	if err := unix.SetsockoptTimeval(w.fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv); err != nil {

@@ -57,7 +57,7 @@ func (l *lab) build(dir string) error {
 			return err
 		}
 		local := &netlink.Route{LinkIndex: lo.Attrs().Index, Dst: network("10.96.0.0/12"), Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Scope: netlink.SCOPE_HOST}
-		return errors.Join(netlink.LinkSetUp(lo), netlink.RouteAdd(local), os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644))
+		return errors.Join(netlink.RouteAdd(local), os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0o644))
 	})
 	if err != nil {
 		return err

@@ -17,6 +17,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/vishvananda/netlink"
+
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/ipvs"
 	"decree.dev/decree/netplane/netspace"
@@ -119,13 +121,24 @@ func Run(ctx context.Context, cfg Config) error {
 	return nil
 }
 
-// namespace makes a network namespace and returns it with what removes it.
+// namespace makes a network namespace with loopback up, and returns it with what removes it.
 func namespace(dir, name string) (string, func() error, error) {
 	path := filepath.Join(dir, name)
 	if err := netspace.Create(path); err != nil {
 		return "", nil, err
 	}
-	return path, func() error { return netspace.Remove(path) }, nil
+	remove := func() error { return netspace.Remove(path) }
+	err := netspace.Do(path, func() error {
+		lo, err := netlink.LinkByName("lo")
+		if err != nil {
+			return err
+		}
+		return netlink.LinkSetUp(lo)
+	})
+	if err != nil {
+		return "", nil, errors.Join(err, remove())
+	}
+	return path, remove, nil
 }
 
 // summary makes a sample of values.

@@ -34,7 +34,7 @@ func TestBothBackends(t *testing.T) {
 		t.Skip("TestInKernel runs it")
 	}
 	err := Run(t.Context(), Config{
-		Backends: []netplane.Backend{netplane.NFTables, netplane.IPVS}, Services: []int{1000, 5000}, Endpoints: 20,
+		Backends: []netplane.Backend{netplane.NFTables, netplane.IPVS}, Services: []int{500, 2000}, Endpoints: 20,
 		Runs: 3, Changes: 100, Connects: 500, Churn: 10 * time.Second,
 		Say: func(s Sample) { fmt.Printf("%-9s %6d services  %s\n", s.Backend, s.Services, s) },
 	})
