@@ -35,6 +35,9 @@ type AddressPoolSpec struct {
 type AddressPoolStatus struct {
 	// Assigned is how many addresses Services have.
 	Assigned int64 `json:"assigned,omitempty"`
+	// Given is how often one was given out. It changes whenever that happens, so that of
+	// two plans made from one view only one comes into force.
+	Given int64 `json:"given,omitempty"`
 }
 
 // AddressRange is a run of addresses of one family, both ends included.
