@@ -176,7 +176,7 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 		errs = append(errs, p.lead(self, peers))
 	}
 	errs = append(errs, p.sync(ctx, table))
-	if announced := render.Announcing(d); p.want == nil || !slices.Equal(p.announced, announced) {
+	if announced := announcedBy(d); p.want == nil || !slices.Equal(p.announced, announced) {
 		errs = append(errs, p.call(announced)) // once the services are there
 	}
 	p.dns.Set(d)
@@ -308,6 +308,16 @@ func (p *Plane) call(addrs []netip.Addr) error {
 		}
 	}
 	return err
+}
+
+// announcedBy are the addresses that the node of d announces, in order.
+func announcedBy(d Desired) (out []netip.Addr) {
+	for _, a := range render.Announcements(d) {
+		if a.Node == d.Node {
+			out = append(out, a.Addr)
+		}
+	}
+	return out
 }
 
 // tellEvery is the time between two times that others are told of an address that came.

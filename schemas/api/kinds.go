@@ -26,6 +26,7 @@ const (
 	EndpointSlices Resource = "endpointslices.discovery.k8s.io"
 	Sources        Resource = "sources.decree.dev"
 	Revisions      Resource = "revisions.decree.dev"
+	AddressPools   Resource = "addresspools.decree.dev"
 	Servers        Resource = "servers.decree.dev"
 	Authorities    Resource = "authorities.decree.dev" // internal
 	JoinTokens     Resource = "jointokens.decree.dev"  // internal
@@ -89,6 +90,7 @@ var kinds = []*Kind{
 	{GroupVersionKind: GroupVersion.WithKind("Server"), Plural: "servers", New: fresh[Server], Columns: serverColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Authority"), Plural: "authorities", Internal: true, New: fresh[Authority]},
 	{GroupVersionKind: GroupVersion.WithKind("JoinToken"), Plural: "jointokens", Internal: true, New: fresh[JoinToken]},
+	{GroupVersionKind: GroupVersion.WithKind("AddressPool"), Plural: "addresspools", ShortNames: []string{"pool"}, CUE: "decree.dev/v1#AddressPool", New: fresh[AddressPool], Columns: poolColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Machine"), Plural: "machines", Internal: true, New: fresh[Machine]},
 }
 

@@ -34,6 +34,7 @@ var roots = []root{
 	{"appsv1.Deployment", "apps/v1"},
 	{"appsv1.ReplicaSet", "apps/v1"},
 	{"decreev1.Source", "decree.dev/v1"},
+	{"decreev1.AddressPool", "decree.dev/v1"},
 }
 
 type root struct{ name, apiVersion string }
@@ -70,11 +71,14 @@ corev1.SecretVolumeSource         secretName items defaultMode optional
 corev1.KeyToPath                  key path mode
 corev1.SeccompProfile             type
 corev1.Toleration                 key operator value effect
-corev1.ServiceSpec                ports selector clusterIP type sessionAffinity sessionAffinityConfig publishNotReadyAddresses
-corev1.ServicePort                name protocol port targetPort
+corev1.ServiceSpec                ports selector clusterIP clusterIPs type sessionAffinity sessionAffinityConfig publishNotReadyAddresses
+                                  externalName externalIPs externalTrafficPolicy internalTrafficPolicy healthCheckNodePort
+                                  loadBalancerIP loadBalancerSourceRanges allocateLoadBalancerNodePorts trafficDistribution
+                                  ipFamilies ipFamilyPolicy
 appsv1.Deployment                 metadata spec
 appsv1.ReplicaSet                 metadata spec
 decreev1.Source                   metadata spec
+decreev1.AddressPool              metadata spec
 metav1.ObjectMeta                 name namespace labels annotations
 `)
 
@@ -86,6 +90,7 @@ corev1.Service                    status
 appsv1.Deployment                 status
 appsv1.ReplicaSet                 status
 decreev1.Source                   status
+decreev1.AddressPool              status
 metav1.ObjectMeta                 generateName selfLink uid resourceVersion generation creationTimestamp deletionTimestamp
                                   deletionGracePeriodSeconds ownerReferences finalizers managedFields
 `)
@@ -93,9 +98,7 @@ metav1.ObjectMeta                 generateName selfLink uid resourceVersion gene
 // implementedEnums are the values that Decree acts on, for enumerations of which
 // it does not implement all.
 var implementedEnums = fieldTable(`
-corev1.Protocol                   TCP UDP
 corev1.DNSPolicy                  ClusterFirst Default None
-corev1.ServiceType                ClusterIP
 corev1.SeccompProfileType         RuntimeDefault Unconfined
 corev1.StorageMedium              Memory
 corev1.TolerationOperator         Exists Equal

@@ -50,6 +50,8 @@ func Check(o api.Object) []Problem {
 		j.secret(o)
 	case *api.Source:
 		j.source(&o.Spec)
+	case *api.AddressPool:
+		j.pool(&o.Spec)
 	}
 	return j.problems
 }

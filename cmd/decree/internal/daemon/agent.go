@@ -21,6 +21,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/render"
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/raftstore/pki"
@@ -167,7 +168,7 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 	}
 	n.agent, err = agent.New(agent.Config{
 		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"),
-		HostIPs: hostIPs(cfg.PodCIDR, cfg.ServiceCIDR), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
+		HostIPs: cfg.hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
 		Logger: cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
 	return n, err
@@ -212,13 +213,14 @@ func (n *node) follow(ctx context.Context) error {
 // desired is the network that a view asks of this node.
 func (n *node) desired(view api.Reader) netplane.Desired {
 	d := netplane.Desired{
-		Node: n.cfg.Node, ClusterCIDR: []netip.Prefix{n.cfg.PodCIDR}, ServiceCIDR: []netip.Prefix{n.cfg.ServiceCIDR},
+		Node: n.cfg.Node, ClusterCIDR: n.cfg.PodCIDRs, ServiceCIDR: n.cfg.ServiceCIDRs,
 		DNS: n.cfg.DNS, Domain: n.cfg.Domain,
 		Services: slices.Collect(api.List[*corev1.Service](view, "")),
 		Slices:   slices.Collect(api.List[*discoveryv1.EndpointSlice](view, "")),
 		Nodes:    slices.Collect(api.List[*corev1.Node](view, "")),
 		Pods:     slices.Collect(api.List[*corev1.Pod](view, "")),
 	}
+	d.Announced = render.Balanced(d.Services)
 	for _, node := range d.Nodes {
 		if node.Name != n.cfg.Node {
 			continue
