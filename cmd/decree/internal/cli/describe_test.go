@@ -112,12 +112,27 @@ func objects() []api.Object {
 			Type: "NodePort", Selector: selector.MatchLabels, ClusterIPs: []string{"10.97.0.7"}, SessionAffinity: "ClientIP",
 			Ports: []corev1.ServicePort{{Name: "http", Port: 80, Protocol: "TCP", TargetPort: intstr.FromString("http"), NodePort: 30080}},
 		}},
+		balancer(),
+		&api.AddressPool{ObjectMeta: about("", "lan"), Spec: api.AddressPoolSpec{Addresses: []string{"203.0.113.8/29", "2001:db8::1-2001:db8::9"}, ServiceSelector: selector, NamespaceSelector: &metav1.LabelSelector{}}, Status: api.AddressPoolStatus{Assigned: 2}},
 		slice(), node(),
 		&corev1.Namespace{ObjectMeta: about("", "shop")},
 		&corev1.ConfigMap{ObjectMeta: about("shop", "settings"), Data: map[string]string{"colour": "blue", "lines": "one\n\ttwo\n"}, BinaryData: map[string][]byte{"logo": {1}}},
 		&corev1.Secret{ObjectMeta: about("shop", "login"), Type: "Opaque", Data: map[string][]byte{"password": []byte("hunter2")}},
 		event(), source(), revision(), server(),
 	}
+}
+
+func balancer() *corev1.Service {
+	return &corev1.Service{ObjectMeta: about("shop", "front"), Spec: corev1.ServiceSpec{
+		Type: "LoadBalancer", Selector: map[string]string{"app": "web"}, ClusterIPs: []string{"10.97.0.8", "fd97::8"}, SessionAffinity: "None",
+		IPFamilies: []corev1.IPFamily{"IPv4", "IPv6"}, IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack),
+		ExternalTrafficPolicy: "Local", InternalTrafficPolicy: new(corev1.ServiceInternalTrafficPolicyLocal), TrafficDistribution: new("PreferSameZone"),
+		HealthCheckNodePort: 30999, LoadBalancerSourceRanges: []string{"198.51.100.0/24"},
+		Ports: []corev1.ServicePort{{Port: 80, Protocol: "TCP", TargetPort: intstr.FromInt32(8080), NodePort: 30081}},
+	}, Status: corev1.ServiceStatus{
+		LoadBalancer: corev1.LoadBalancerStatus{Ingress: []corev1.LoadBalancerIngress{{IP: "203.0.113.8"}}},
+		Conditions:   []metav1.Condition{{Type: "AddressAssigned", Status: "False", LastTransitionTime: begun, Reason: "NoAddressPool", Message: "no AddressPool has IPv6 addresses for this service"}},
+	}}
 }
 
 func pod() *corev1.Pod {

@@ -57,7 +57,7 @@ func (w *sheet) object(o api.Object, r relations, now time.Time) {
 	case *appsv1.ReplicaSet:
 		w.replicaSet(o)
 	case *corev1.Service:
-		w.service(o, r.slices)
+		w.service(o, r.slices, now)
 	case *discoveryv1.EndpointSlice:
 		w.endpointSlice(o)
 	case *corev1.Node:
@@ -74,6 +74,8 @@ func (w *sheet) object(o api.Object, r relations, now time.Time) {
 		w.source(o, r.revisions, now)
 	case *api.Revision:
 		w.revision(o, now)
+	case *api.AddressPool:
+		w.pool(o)
 	case *api.Server:
 		w.server(o, now)
 	}
