@@ -45,7 +45,7 @@ type builder struct {
 func table(f *ruleset.Family, p *policy.Plan) *ruleset.Table {
 	b := &builder{f: f, t: &ruleset.Table{Sets: map[string]*ruleset.Set{}, Chains: map[string]*ruleset.Chain{}}}
 	egress, ingress, self := &ruleset.Set{Kind: ruleset.Verdicts}, &ruleset.Set{Kind: ruleset.Verdicts}, &ruleset.Set{Kind: ruleset.Pairs}
-	chains := map[*policy.Group]string{}
+	out, in := map[*policy.Group]string{}, map[*policy.Group]string{}
 	for i := range p.Subjects {
 		s := &p.Subjects[i]
 		if ruleset.Of(s.Addr) != f {
@@ -54,10 +54,10 @@ func table(f *ruleset.Family, p *policy.Plan) *ruleset.Table {
 		key := string(s.Addr.AsSlice())
 		self.Elems = append(self.Elems, ruleset.Elem{Key: key + key})
 		if s.Egress != nil {
-			egress.Elems = append(egress.Elems, ruleset.Elem{Key: key, Val: b.group(chains, s.Egress, true)})
+			egress.Elems = append(egress.Elems, ruleset.Elem{Key: key, Val: b.group(out, s.Egress, true)})
 		}
 		if s.Ingress != nil {
-			ingress.Elems = append(ingress.Elems, ruleset.Elem{Key: key, Val: b.group(chains, s.Ingress, false)})
+			ingress.Elems = append(ingress.Elems, ruleset.Elem{Key: key, Val: b.group(in, s.Ingress, false)})
 		}
 	}
 	if len(self.Elems) == 0 {
