@@ -37,6 +37,7 @@ func NodeSelections(node string) []Selection {
 		{Resource: api.Nodes},
 		{Resource: api.Services},
 		{Resource: api.EndpointSlices},
+		{Resource: api.NetworkPolicies},
 	}
 }
 

@@ -18,6 +18,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"decree.dev/decree/netplane"
@@ -217,6 +218,8 @@ func (n *node) desired(view api.Reader) netplane.Desired {
 		Services: slices.Collect(api.List[*corev1.Service](view, "")),
 		Slices:   slices.Collect(api.List[*discoveryv1.EndpointSlice](view, "")),
 		Nodes:    slices.Collect(api.List[*corev1.Node](view, "")),
+		Policies: slices.Collect(api.List[*networkingv1.NetworkPolicy](view, "")), Namespaces: slices.Collect(api.List[*corev1.Namespace](view, "")),
+		Pods: slices.Collect(api.List[*corev1.Pod](view, "")),
 	}
 	for _, node := range d.Nodes {
 		if node.Name != n.cfg.Node {
