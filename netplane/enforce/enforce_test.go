@@ -62,3 +62,13 @@ func TestRecipes(t *testing.T) {
 		})
 	}
 }
+
+// TestCompare: random policies do in the kernel what the plan says.
+func TestCompare(t *testing.T) {
+	for _, n := range netplanetest.Nets {
+		t.Run(n.Name, func(t *testing.T) {
+			w := newWorld(t)
+			netplanetest.ComparePolicies(t, w, open(t, w.Path[netplanetest.Node]), n)
+		})
+	}
+}

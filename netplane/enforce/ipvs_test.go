@@ -59,3 +59,17 @@ func TestKernelEnded(t *testing.T) {
 		t.Run(n.Name, func(t *testing.T) { ended(t, newWorld(t), n) })
 	}
 }
+
+// TestKernelCompare: random policies do with IPVS what the plan says.
+func TestKernelCompare(t *testing.T) {
+	if !vm.Inside() {
+		t.Skip("TestInKernel runs it")
+	}
+	for _, n := range netplanetest.Nets {
+		t.Run(n.Name, func(t *testing.T) {
+			t.Parallel()
+			w := balanced{newWorld(t)}
+			netplanetest.ComparePolicies(t, w, open(t, w.Path[netplanetest.Node]), n)
+		})
+	}
+}
