@@ -13,36 +13,37 @@ import (
 	"decree.dev/decree/netplane/render"
 )
 
-// closes reports whether want may not allow what have does. Where more is allowed nobody
-// has to look at connections.
+// closes reports whether want may not allow connections that have does. Nobody has to look
+// at them, which means at all that the machine has, where more is allowed than before, for
+// a pod that is new, or because of one that is gone.
 func closes(have, want *policy.Plan) bool {
 	for i := range want.Subjects {
 		s := &want.Subjects[i]
 		old, ok := have.Find(s.Addr)
-		if !ok || !sameGroup(old.Ingress, s.Ingress) || !sameGroup(old.Egress, s.Egress) {
+		if !ok && have.Known(s.Addr) || ok && (!sameGroup(old.Ingress, s.Ingress) || !sameGroup(old.Egress, s.Egress)) {
 			return true
 		}
 	}
 	for _, p := range have.Peers {
-		if i, ok := slices.BinarySearchFunc(want.Peers, p.ID, func(p *policy.Peer, id string) int { return cmp.Compare(p.ID, id) }); ok && loses(p.Addrs, want.Peers[i].Addrs, netip.Addr.Compare) {
+		if i, ok := slices.BinarySearchFunc(want.Peers, p.ID, func(p *policy.Peer, id string) int { return cmp.Compare(p.ID, id) }); ok && loses(p.Addrs, want.Peers[i].Addrs, netip.Addr.Compare, want.Known) {
 			return true
 		}
 	}
 	for _, n := range have.Names {
-		if i, ok := slices.BinarySearchFunc(want.Names, n.ID, func(n *policy.Name, id string) int { return cmp.Compare(n.ID, id) }); ok && loses(n.Ports, want.Names[i].Ports, render.Port.Compare) {
+		if i, ok := slices.BinarySearchFunc(want.Names, n.ID, func(n *policy.Name, id string) int { return cmp.Compare(n.ID, id) }); ok && loses(n.Ports, want.Names[i].Ports, render.Port.Compare, func(p render.Port) bool { return want.Known(p.Addr) }) {
 			return true
 		}
 	}
 	return false
 }
 
-// loses reports whether something of have is not in want; both are in order.
-func loses[T any](have, want []T, order func(a, b T) int) bool {
+// loses reports whether something of have that matters is not in want; both are in order.
+func loses[T any](have, want []T, order func(a, b T) int, matters func(T) bool) bool {
 	for _, x := range have {
 		for len(want) > 0 && order(want[0], x) < 0 {
 			want = want[1:]
 		}
-		if len(want) == 0 || order(want[0], x) != 0 {
+		if (len(want) == 0 || order(want[0], x) != 0) && matters(x) {
 			return true
 		}
 	}

@@ -183,7 +183,7 @@ type talkTo struct {
 	client netip.AddrPort
 }
 
-func dial(t *testing.T, w *world, from netplanetest.Host, to netip.Addr) *talkTo {
+func dial(t testing.TB, w *world, from netplanetest.Host, to netip.Addr) *talkTo {
 	t.Helper()
 	c := &talkTo{}
 	var ln net.Listener

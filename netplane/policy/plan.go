@@ -34,6 +34,14 @@ func New(c Cluster) *Plan {
 		plan.Subjects = append(plan.Subjects, *subjects[a])
 	}
 	p.shareGroups(plan.Subjects)
+	if len(c.Policies) > 0 {
+		plan.known = make(map[netip.Addr]bool, len(c.Pods))
+		for i := range c.Pods {
+			for _, a := range c.Pods[i].Addrs {
+				plan.known[a] = true
+			}
+		}
+	}
 	return plan
 }
 

@@ -88,7 +88,13 @@ type Plan struct {
 	Peers  []*Peer
 	Blocks []*Block
 	Names  []*Name
+	// known are the addresses of all pods; nil if there were no policies to ask for them.
+	known map[netip.Addr]bool
 }
+
+// Known reports whether a is an address of a pod, as far as the plan knows: one of a
+// cluster without policies does not.
+func (p *Plan) Known(a netip.Addr) bool { return p.known == nil || p.known[a] }
 
 // Subject is one address of a pod that is isolated in one direction at least.
 type Subject struct {
