@@ -32,7 +32,7 @@ var since = map[api.Resource]int{
 	api.JoinTokens:  2,
 	api.Machines:    2,
 
-	api.AddressPools: 3,
+	api.AddressPools: 3, api.NetworkPolicies: 3,
 }
 
 // FormatOfKind is the oldest format in which objects of a resource can be written.

@@ -10,6 +10,7 @@ var packages = []struct{ goPath, cuePath string }{
 	{"k8s.io/apimachinery/pkg/apis/meta/v1", "k8s.io/apimachinery/pkg/apis/meta/v1"},
 	{"k8s.io/api/core/v1", "k8s.io/api/core/v1"},
 	{"k8s.io/api/apps/v1", "k8s.io/api/apps/v1"},
+	{"k8s.io/api/networking/v1", "k8s.io/api/networking/v1"},
 	{"decree.dev/decree/schemas/api", "decree.dev/v1"},
 }
 
@@ -20,6 +21,7 @@ var shortNames = map[string]string{
 	"metav1":   "k8s.io/apimachinery/pkg/apis/meta/v1",
 	"corev1":   "k8s.io/api/core/v1",
 	"appsv1":   "k8s.io/api/apps/v1",
+	"netv1":    "k8s.io/api/networking/v1",
 	"decreev1": "decree.dev/v1",
 }
 
@@ -33,6 +35,7 @@ var roots = []root{
 	{"corev1.Secret", "v1"},
 	{"appsv1.Deployment", "apps/v1"},
 	{"appsv1.ReplicaSet", "apps/v1"},
+	{"netv1.NetworkPolicy", "networking.k8s.io/v1"},
 	{"decreev1.Source", "decree.dev/v1"},
 	{"decreev1.AddressPool", "decree.dev/v1"},
 }
@@ -77,6 +80,7 @@ corev1.ServiceSpec                ports selector clusterIP clusterIPs type sessi
                                   ipFamilies ipFamilyPolicy
 appsv1.Deployment                 metadata spec
 appsv1.ReplicaSet                 metadata spec
+netv1.NetworkPolicy               metadata spec
 decreev1.Source                   metadata spec
 decreev1.AddressPool              metadata spec
 metav1.ObjectMeta                 name namespace labels annotations
@@ -98,6 +102,7 @@ metav1.ObjectMeta                 generateName selfLink uid resourceVersion gene
 // implementedEnums are the values that Decree acts on, for enumerations of which
 // it does not implement all.
 var implementedEnums = fieldTable(`
+corev1.Protocol                   TCP UDP SCTP
 corev1.DNSPolicy                  ClusterFirst Default None
 corev1.SeccompProfileType         RuntimeDefault Unconfined
 corev1.StorageMedium              Memory
