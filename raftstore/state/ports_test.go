@@ -350,6 +350,21 @@ func TestRestoredClusterKeepsPorts(t *testing.T) {
 	w.must(txn(api.Create, service("b", in("PreferDualStack"))))
 }
 
+// TestSnapshotKeepsWhereToSearch: a server that started from a snapshot gives out the
+// same addresses of the second family as one that applied the log.
+func TestSnapshotKeepsWhereToSearch(t *testing.T) {
+	w := dual(t)
+	w.must(txn(api.Create, service("a", in("", "IPv6")), service("b", in("", "IPv6"))))
+	w.must(txn(api.Delete, service("a")))
+	again := &world{t: t, s: reread(t, w.s), now: w.now, index: w.index}
+	for _, w := range []*world{w, again} {
+		w.must(txn(api.Create, service("c", in("", "IPv6"))))
+		if got := fetch[*corev1.Service](w, "default", "c").Spec.ClusterIP; got != "fd00:97::3" {
+			t.Errorf("got %s, which was free a moment ago", got)
+		}
+	}
+}
+
 // BenchmarkReduceNodePort creates a service in a cluster that has n already.
 func BenchmarkReduceNodePort(b *testing.B) {
 	for _, n := range []int{100, 30_000} {
