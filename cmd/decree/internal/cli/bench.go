@@ -72,6 +72,7 @@ machine in the same hour; where there is a peer it runs interleaved in the same 
 	add("compile", "Objects per second from CUE, cold and with one package changed", 5, false, benchCompile)
 	add("podstart", "A container's create and start beside raw containerd", 20, true, benchPodStart)
 	c.AddCommand(benchStoreCmd(e, &output))
+	c.AddCommand(benchNetplaneCmd(e, &output))
 	c.AddCommand(benchDNSCmd(e, &output))
 	add("push", "From an accepted push to the first container and to a healthy rollout", 10, true, benchPush)
 	return c
