@@ -109,6 +109,7 @@ type Plane struct {
 	networks *cni.Networks
 	overlay  *overlay.Overlay
 	services *balancer
+	policies *keeper
 	dns      *dns.Server
 	health   *healthcheck.Server
 	callers  *announce.Announcer
@@ -151,6 +152,9 @@ func New(cfg Config) (*Plane, error) {
 		return nil, fmt.Errorf("netplane: %w", err)
 	}
 	p.callers = announce.New(p.host, cfg.Log)
+	if p.policies, err = openKeeper(&p.cfg, p.networks); err != nil {
+		return nil, errors.Join(fmt.Errorf("netplane: %w", err), p.services.Close())
+	}
 	p.health = healthcheck.New(healthcheck.Config{Listen: p.listen, Log: cfg.Log})
 	p.dns = dns.New(dns.Config{ResolvConf: cfg.ResolvConf, Stubs: cfg.Stubs, Dial: p.dial, Registerer: cfg.Registerer, Log: cfg.Log})
 	return p, nil
@@ -158,7 +162,9 @@ func New(cfg Config) (*Plane, error) {
 
 // Close lets go of the kernel's interfaces, and load balancers are no longer answered;
 // everything made stays.
-func (p *Plane) Close() error { return errors.Join(p.health.Close(), p.services.Close()) }
+func (p *Plane) Close() error {
+	return errors.Join(p.health.Close(), p.services.Close(), p.policies.close())
+}
 
 // Set makes the node's network what d asks for. It is idempotent, and does as much
 // as it can when part of it does not work; the error says which part, and the next
@@ -175,8 +181,8 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 	if p.want == nil || !p.self.Equal(self) || !slices.EqualFunc(p.peers, peers, render.Peer.Equal) {
 		errs = append(errs, p.lead(self, peers))
 	}
-	errs = append(errs, p.sync(ctx, table))
-	if announced := render.Announcing(d); p.want == nil || !slices.Equal(p.announced, announced) {
+	errs = append(errs, p.policies.set(ctx, d), p.sync(ctx, table))
+	if announced := announcedBy(d); p.want == nil || !slices.Equal(p.announced, announced) {
 		errs = append(errs, p.call(announced)) // once the services are there
 	}
 	p.dns.Set(d)
@@ -310,6 +316,16 @@ func (p *Plane) call(addrs []netip.Addr) error {
 	return err
 }
 
+// announcedBy are the addresses that the node of d announces, in order.
+func announcedBy(d Desired) (out []netip.Addr) {
+	for _, a := range render.Announcements(d) {
+		if a.Node == d.Node {
+			out = append(out, a.Addr)
+		}
+	}
+	return out
+}
+
 // tellEvery is the time between two times that others are told of an address that came.
 const tellEvery = time.Second
 
@@ -352,14 +368,26 @@ func (p *Plane) sync(ctx context.Context, t render.Table) error {
 }
 
 // Attach connects the pod's network namespace and returns the pod's addresses, the
-// primary one first. See cni.Networks.Attach.
+// primary one first. See cni.Networks.Attach. What network policies say about the pod is
+// then in force: nothing in it may run before. It waits for the first Set, but not long.
 func (p *Plane) Attach(ctx context.Context, pod *corev1.Pod, netns string) ([]netip.Addr, error) {
-	return p.networks.Attach(ctx, pod, netns)
+	addrs, err := p.networks.Attach(ctx, pod, netns)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.policies.attached(ctx, pod, addrs); err != nil {
+		return nil, fmt.Errorf("attach pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
+	return addrs, nil
 }
 
 // Detach undoes Attach; netns may be gone already.
 func (p *Plane) Detach(ctx context.Context, pod types.UID, netns string) error {
-	return p.networks.Detach(ctx, pod, netns)
+	if err := p.networks.Detach(ctx, pod, netns); err != nil {
+		return err
+	}
+	p.policies.detached(pod)
+	return nil
 }
 
 // Attached lists the pods that hold network resources.
@@ -427,6 +455,9 @@ func (p *Plane) Repair(ctx context.Context) error {
 	if err := errors.Join(p.prepare(p.want), p.lead(p.self, p.peers), p.call(p.announced)); err != nil {
 		return err
 	}
+	if err := p.policies.repair(ctx); err != nil {
+		return err
+	}
 	if _, err := p.services.Read(ctx); err != nil {
 		return fmt.Errorf("read services back: %w", err)
 	}
@@ -450,7 +481,7 @@ func (p *Plane) Purge(ctx context.Context) error {
 	p.checks, p.announced = nil, nil
 	p.answer(ctx)
 	cidrs, err := p.networks.PodCIDRs()
-	errs := []error{err, p.networks.Purge(ctx), p.services.Purge(ctx)}
+	errs := []error{err, p.networks.Purge(ctx), p.services.Purge(ctx), p.policies.purge(ctx)}
 	errs = append(errs, netspace.Do(p.cfg.NetNS, func() error {
 		return errors.Join(p.overlay.Purge(), p.callers.Purge(), p.host.Links(cidrs), p.host.Restore())
 	}))

@@ -366,10 +366,15 @@ func (n *node) restart(t *testing.T, ns1, ns2 string, a1, a2 netip.Addr) {
 	get(t, n.netns, netip.AddrPortFrom(clusterIP, 80))
 	n.start()
 	alive("started")
-	if again, err := n.plane.Attach(t.Context(), pod("one"), ns1); err != nil || again[0] != a1 {
-		t.Errorf("attach before the first set: %v, %v; want %s", again, err, a1)
-	}
+	attached := make(chan struct{})
+	go func() { // policies are not known before the first set
+		defer close(attached)
+		if again, err := n.plane.Attach(t.Context(), pod("one"), ns1); err != nil || again[0] != a1 {
+			t.Errorf("attach before the first set: %v, %v; want %s", again, err, a1)
+		}
+	}()
 	n.set(d)
+	<-attached
 	alive("after")
 	ask(t, ns1, "udp", "echo.default.svc.cluster.local.", dns.TypeA)
 }

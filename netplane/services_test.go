@@ -104,6 +104,7 @@ func TestAnnounced(t *testing.T) {
 			d := balancedOn(n, nodes, corev1.ServiceExternalTrafficPolicyCluster, balanced, a)
 			d.Announced = []netip.Prefix{netip.MustParsePrefix("192.168.1.200/29")}
 			for _, o := range d.Nodes {
+				o.Status.Conditions = []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}}
 				if o.Name == nodes[3].name || o.Name == lost {
 					o.Labels = map[string]string{corev1.LabelNodeExcludeBalancers: ""}
 				}
@@ -111,10 +112,7 @@ func TestAnnounced(t *testing.T) {
 			if n.name != lost {
 				n.set(d)
 			}
-			d.Node = n.name
-			if len(render.Announcing(d)) > 0 {
-				announcer = n.name
-			}
+			announcer = render.Announcements(d)[0].Node
 		}
 		return announcer
 	}

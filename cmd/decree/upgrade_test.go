@@ -59,7 +59,7 @@ func TestServersUpgrade(t *testing.T) {
 		}
 		p.lead(p.servers[0])
 		err := large(t.Context(), peers, p.servers[0].address, fmt.Sprint("early-", i))
-		if err == nil || !strings.Contains(err.Error(), "log format 3") || !strings.Contains(err.Error(), "upgrade all servers first") {
+		if err == nil || !strings.Contains(err.Error(), "log format 4") || !strings.Contains(err.Error(), "upgrade all servers first") {
 			t.Errorf("%d of 3 servers are upgraded, a large transaction: %v", i+1, err)
 		}
 	}
@@ -82,7 +82,7 @@ func TestServersUpgrade(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"log format 3 is not known", "upgrade this server to the version that wrote it", "a downgrade cannot undo"} {
+	for _, want := range []string{"log format 4 is not known", "upgrade this server to the version that wrote it", "a downgrade cannot undo"} {
 		if !strings.Contains(string(log), want) {
 			t.Errorf("a server that was downgraded does not say %q", want)
 		}

@@ -291,6 +291,42 @@ func (n *Networks) Attached(context.Context) ([]types.UID, error) {
 	return slices.Compact(uids), nil
 }
 
+// Addresses returns those of all pods that an Attach, of any process, connected. The error
+// is about those of which it could not be found out.
+func (n *Networks) Addresses(context.Context) (map[types.UID][]netip.Addr, error) {
+	have, err := n.cni.GetCachedAttachments("")
+	if err != nil {
+		return nil, fmt.Errorf("read attachments: %w", err)
+	}
+	out := map[types.UID][]netip.Addr{}
+	var errs []error
+	for _, a := range have {
+		addrs, err := n.recorded(a)
+		if err != nil {
+			errs = append(errs, fmt.Errorf("recorded addresses of pod %s in network %q: %w", a.ContainerID, a.Network, err))
+			continue
+		}
+		out[types.UID(a.ContainerID)] = append(out[types.UID(a.ContainerID)], addrs...)
+	}
+	return out, errors.Join(errs...)
+}
+
+// recorded returns the addresses that an attachment got.
+func (n *Networks) recorded(a *libcni.NetworkAttachment) ([]netip.Addr, error) {
+	list, err := recordedConf(a.Config)
+	if err != nil {
+		return nil, err
+	}
+	r, err := n.cni.GetNetworkListCachedResult(list, &libcni.RuntimeConf{ContainerID: a.ContainerID, NetNS: a.NetNS, IfName: a.IfName})
+	if err != nil {
+		return nil, err
+	}
+	if r == nil {
+		return nil, os.ErrNotExist
+	}
+	return addresses(r)
+}
+
 // allocated returns the pods that hold an address of the generated network:
 // host-local keeps a file for each, named by address, with the holder in it.
 func (n *Networks) allocated() ([]types.UID, error) {

@@ -27,13 +27,18 @@ type answer struct {
 	extra  []dns.RR
 	// alias is a name to go on with.
 	alias string
-	// targets are those of the SRV records so far.
-	targets map[target]bool
+	// seen are the SRV records and addresses so far.
+	seen map[string]bool
 }
 
-type target struct {
-	name string
-	port uint16
+// first reports whether a record is not there yet (RFC 2181, 5).
+func (a *answer) first(rr dns.RR) bool {
+	if a.seen == nil {
+		a.seen = map[string]bool{}
+	}
+	text := rr.String()
+	defer func() { a.seen[text] = true }()
+	return !a.seen[text]
 }
 
 // maxAliases bounds a chain of aliases within the cluster.
@@ -79,7 +84,7 @@ func anything(name string) dns.RR {
 // lookup finds name (in lower case, fully qualified), which the zone owns.
 func (z *zone) lookup(name string, qtype uint16) answer {
 	if name == z.domain {
-		return z.apex(qtype)
+		return z.apex(name, qtype)
 	}
 	rest, ok := strings.CutSuffix(name, "."+z.domain)
 	if !ok {
@@ -113,12 +118,13 @@ func only(yes bool, rr dns.RR) answer {
 	return answer{exists: true, rrs: []dns.RR{rr}}
 }
 
-func (z *zone) apex(qtype uint16) answer {
+// apex answers for the domain itself, and for a whole range of addresses.
+func (z *zone) apex(name string, qtype uint16) answer {
 	switch qtype {
 	case dns.TypeSOA:
-		return only(true, z.soa(z.domain))
+		return only(true, z.soa(name))
 	case dns.TypeNS:
-		return only(true, &dns.NS{Hdr: head(z.domain, dns.TypeNS), Ns: "ns.dns." + z.domain})
+		return only(true, &dns.NS{Hdr: head(name, dns.TypeNS), Ns: "ns.dns." + z.domain})
 	}
 	return answer{exists: true}
 }
@@ -153,10 +159,11 @@ func (z *zone) serviceName(name string, labels []string, qtype uint16) answer {
 	switch {
 	case n == 2:
 		return z.whole(e, name, qtype)
+	case e.external(): // an alias has nothing below it, and is no target (RFC 2782)
 	case n == 3 && strings.HasPrefix(labels[0], "_"):
 		// Above the SRV names, and nothing else.
 		return answer{exists: slices.ContainsFunc(e.svc.Spec.Ports, func(p corev1.ServicePort) bool { return protoLabel(p.Protocol) == labels[0] })}
-	case n == 3 && e.headless():
+	case n == 3:
 		return oneEndpoint(e, name, labels[0], qtype)
 	case n == 4:
 		return z.portName(e, name, labels[0], labels[1], qtype)
@@ -166,7 +173,7 @@ func (z *zone) serviceName(name string, labels []string, qtype uint16) answer {
 
 // whole answers for the service itself.
 func (z *zone) whole(e *service, name string, qtype uint16) answer {
-	if e.svc.Spec.Type == corev1.ServiceTypeExternalName {
+	if e.external() {
 		target := dns.CanonicalName(e.svc.Spec.ExternalName)
 		_, err := netip.ParseAddr(e.svc.Spec.ExternalName)
 		if _, ok := dns.IsDomainName(target); !ok || target == "." || err == nil { // an address is no name
@@ -262,18 +269,16 @@ func (z *zone) srv(a *answer, e *service, name string, p *corev1.ServicePort) {
 	}
 }
 
-// addSRV adds one record, unless it is there: an endpoint with addresses of both families
-// is one target.
+// addSRV adds one record with the addresses of its target, but for what is there: an
+// endpoint with addresses of both families is one target, and one target has many ports.
 func (a *answer) addSRV(name, host string, port uint16, addrs ...netip.Addr) {
-	if a.targets == nil {
-		a.targets = map[target]bool{}
-	}
-	if t := (target{host, port}); !a.targets[t] {
-		a.targets[t] = true
-		a.rrs = append(a.rrs, &dns.SRV{Hdr: head(name, dns.TypeSRV), Weight: 100, Port: port, Target: host})
+	if rr := (&dns.SRV{Hdr: head(name, dns.TypeSRV), Weight: 100, Port: port, Target: host}); a.first(rr) {
+		a.rrs = append(a.rrs, rr)
 	}
 	for _, x := range addrs {
-		a.extra = append(a.extra, address(host, x))
+		if rr := address(host, x); a.first(rr) {
+			a.extra = append(a.extra, rr)
+		}
 	}
 }
 
@@ -305,11 +310,17 @@ func (z *zone) podName(name string, labels []string, qtype uint16) answer {
 }
 
 func (z *zone) pointer(name string, qtype uint16) answer {
-	addr, ok := reverseAddr(name)
-	if !ok {
+	p, exact := reverseRange(name)
+	switch {
+	case !exact:
 		return answer{}
+	case p.IsSingleIP():
+	case name == z.origin(name):
+		return z.apex(name, qtype)
+	default:
+		return answer{exists: true} // there are addresses below it
 	}
-	names := z.names(addr)
+	names := z.names(p.Addr())
 	a := answer{exists: len(names) > 0}
 	for _, n := range names {
 		if qtype == dns.TypePTR {

@@ -116,6 +116,13 @@ func nameserver(t testing.TB, fn func(network string, req, resp *dns.Msg)) strin
 	return pc.LocalAddr().String()
 }
 
+func addrPorts(list ...string) (out []netip.AddrPort) {
+	for _, text := range list {
+		out = append(out, netip.MustParseAddrPort(text))
+	}
+	return out
+}
+
 func rr(t testing.TB, s string) dns.RR {
 	t.Helper()
 	r, err := dns.NewRR(s)
@@ -177,7 +184,7 @@ func TestAnswers(t *testing.T) {
 		}
 		resp.Rcode = dns.RcodeNameError
 	})
-	s := New(Config{Upstreams: []string{up}})
+	s := New(Config{Upstreams: addrPorts(up)})
 	s.Set(fixture())
 	addr := serve(t, s)
 	for _, c := range []struct {
@@ -354,7 +361,7 @@ func TestForwarding(t *testing.T) {
 		resp.Answer = []dns.RR{rr(t, req.Question[0].Name+" 60 IN A 192.0.2.7")}
 	})
 	bad := nameserver(t, func(_ string, _, resp *dns.Msg) { resp.Rcode = dns.RcodeServerFailure })
-	s := New(Config{Upstreams: []string{bad, good}})
+	s := New(Config{Upstreams: addrPorts(bad, good)})
 	s.Set(fixture())
 	addr := serve(t, s)
 	for range 3 {

@@ -95,13 +95,7 @@ func newForwarder(cfg *Config, s *Server) *forwarder {
 		f.stubs = append(f.stubs, &group{domain: dns.CanonicalName(stub.Domain), servers: f.upstreams(stub.Servers)})
 	}
 	slices.SortStableFunc(f.stubs, func(a, b *group) int { return dns.CountLabel(b.domain) - dns.CountLabel(a.domain) })
-	var fixed []netip.AddrPort
-	for _, text := range cfg.Upstreams {
-		if a, err := netip.ParseAddrPort(text); err == nil {
-			fixed = append(fixed, a)
-		}
-	}
-	f.upstream.Store(&group{domain: ".", servers: f.upstreams(fixed)})
+	f.upstream.Store(&group{domain: ".", servers: f.upstreams(cfg.Upstreams)})
 	f.reload()
 	return f
 }
@@ -240,9 +234,8 @@ func (f *forwarder) fetch(ctx context.Context, a asking) (*entry, error) {
 	switch {
 	case errors.Is(ctx.Err(), context.Canceled): // this server ends
 	case a.stale != nil:
-		kept := *a.stale
-		kept.again, kept.newer, kept.older = now+staleAgain, nil, nil
-		f.cache.put(&kept)
+		old := a.stale // whose links are the cache's, and may change meanwhile
+		f.cache.put(&entry{key: old.key, packed: old.packed, born: old.born, dies: old.dies, again: now + staleAgain, rcode: old.rcode})
 	default:
 		e.rcode, e.dies = dns.RcodeServerFailure, now+failureAge
 		e.packed = &packed{wire: append(appendRcode(nil, &query{}, e.rcode), wireName...)}

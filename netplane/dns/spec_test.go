@@ -49,7 +49,7 @@ func specCluster() render.Desired {
 			svc("default", "notready", corev1.ServiceSpec{ClusterIP: "None", Ports: []corev1.ServicePort{port("https", 443)}}),
 			svc("default", "published", corev1.ServiceSpec{ClusterIP: "None", PublishNotReadyAddresses: true}),
 			tolerant,
-			svc("default", "foo", corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "www.example.com"}),
+			svc("default", "foo", corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "www.example.com", Ports: []corev1.ServicePort{port("https", 443)}}),
 			svc("default", "foo6", corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "www.example.com."}),
 			svc("default", "near", corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "Kubernetes.default.svc.cluster.local"}),
 			svc("default", "chain", corev1.ServiceSpec{Type: corev1.ServiceTypeExternalName, ExternalName: "near.default.svc.cluster.local"}),
@@ -60,6 +60,7 @@ func specCluster() render.Desired {
 		Slices: []*discoveryv1.EndpointSlice{
 			endpoints("headless", v4, https, ep("my-pet", true, "10.3.0.100"), ep("My-Pet-2", true, "10.3.0.101"), ep("", true, "10.3.0.102"), ep("asleep", false, "10.3.0.103")),
 			endpoints("headless", v6, https, ep("my-pet", true, "2001:db8:0:1::1", "2001:db8:0:1::2")),
+			endpoints("plain", v4, unnamed, ep("pet-0", true, "10.3.0.90"), ep("", false, "10.3.0.91")),
 			endpoints("unnamed", v4, unnamed, ep("my-pet", true, "10.3.0.100")),
 			endpoints("notready", v4, https, ep("a", false, "10.3.0.110")),
 			endpoints("published", v4, nil, ep("a", false, "10.3.0.110")),
@@ -82,7 +83,7 @@ func TestSpecification(t *testing.T) {
 			resp.Ns = []dns.RR{rr(t, "example.com. 900 IN SOA ns.example.com. x.example.com. 1 2 3 4 60")}
 		}
 	})
-	s := New(Config{Upstreams: []string{up}})
+	s := New(Config{Upstreams: addrPorts(up)})
 	s.Set(specCluster())
 	addr := serve(t, s)
 	const d = ".default.svc.cluster.local."
@@ -126,6 +127,16 @@ func TestSpecification(t *testing.T) {
 		{"2.5", "foo6" + d, dns.TypeAAAA, "NOERROR, CNAME www.example.com., AAAA 2001:db8:9::1"},
 		{"2.5", "foo" + d, dns.TypeCNAME, "NOERROR, CNAME www.example.com."},
 		// What the specification leaves open.
+		{"3", "_https._tcp.foo" + d, dns.TypeSRV, "NXDOMAIN"},
+		{"3", "_tcp.foo" + d, dns.TypeSRV, "NXDOMAIN"},
+		{"3", "foo" + d, dns.TypeSRV, "NXDOMAIN, CNAME www.example.com."},
+		{"3", "pet-0.plain" + d, dns.TypeA, "NOERROR, A 10.3.0.90"},
+		{"3", "pet-1.plain" + d, dns.TypeA, "NXDOMAIN"},
+		{"3", "10-3-0-91.plain" + d, dns.TypeA, "NXDOMAIN"},
+		{"3", "90.0.3.10.in-addr.arpa.", dns.TypePTR, "NXDOMAIN"},
+		{"3", "headless" + d, dns.TypeSRV,
+			"NOERROR, SRV 0 100 443 10-3-0-102.headless" + d + ", SRV 0 100 443 my-pet-2.headless" + d + ", SRV 0 100 443 my-pet.headless" + d +
+				", SRV 0 100 9090 10-3-0-102.headless" + d + ", SRV 0 100 9090 my-pet-2.headless" + d + ", SRV 0 100 9090 my-pet.headless" + d},
 		{"3", "near" + d, dns.TypeAAAA, "NOERROR, CNAME kubernetes" + d + ", AAAA 2001:db8::1"},
 		{"3", "chain" + d, dns.TypeA, "NOERROR, CNAME near" + d + ", CNAME kubernetes" + d + ", A 10.3.0.1"},
 		{"3", "dangling" + d, dns.TypeA, "NXDOMAIN, CNAME gone" + d},
@@ -168,10 +179,15 @@ func checkAbsence(t *testing.T, m *dns.Msg) {
 	}
 }
 
-// checkAdditional: additional records are the addresses of targets.
+// checkAdditional: additional records are the addresses of targets, each once.
 func checkAdditional(t *testing.T, m *dns.Msg) {
 	t.Helper()
+	seen := map[string]bool{}
 	for _, extra := range m.Extra {
+		if seen[extra.String()] {
+			t.Errorf("additional %v twice", extra)
+		}
+		seen[extra.String()] = true
 		if !slices.ContainsFunc(m.Answer, func(rr dns.RR) bool {
 			s, ok := rr.(*dns.SRV)
 			return ok && s.Target == extra.Header().Name
@@ -179,7 +195,7 @@ func checkAdditional(t *testing.T, m *dns.Msg) {
 			t.Errorf("additional %v", extra)
 		}
 	}
-	if m.Question[0].Qtype == dns.TypeSRV && len(m.Answer) > 0 && len(m.Extra) == 0 {
+	if m.Question[0].Qtype == dns.TypeSRV && m.Rcode == dns.RcodeSuccess && len(m.Answer) > 0 && len(m.Extra) == 0 {
 		t.Error("targets without addresses")
 	}
 }

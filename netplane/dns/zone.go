@@ -1,6 +1,8 @@
 package dns
 
 import (
+	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -9,6 +11,7 @@ import (
 	"github.com/miekg/dns"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/netplane/render"
 )
@@ -52,9 +55,10 @@ func (z *zone) name(e *service) string {
 	return e.svc.Name + "." + e.svc.Namespace + ".svc." + z.domain
 }
 
-func (e *service) headless() bool {
-	return e.svc.Spec.Type != corev1.ServiceTypeExternalName && len(render.ClusterIPs(e.svc)) == 0
-}
+// external reports whether e is an alias.
+func (e *service) external() bool { return e.svc.Spec.Type == corev1.ServiceTypeExternalName }
+
+func (e *service) headless() bool { return !e.external() && len(render.ClusterIPs(e.svc)) == 0 }
 
 // endpoints yields the ready endpoints; with publishNotReadyAddresses all of them.
 func (e *service) endpoints(yield func(endpoint) bool) {
@@ -103,82 +107,198 @@ func (e *service) empty() bool {
 	return true
 }
 
-// dashed is an address as a label.
-func dashed(a netip.Addr) string {
-	if a.Is4() {
-		return strings.ReplaceAll(a.String(), ".", "-")
-	}
-	return strings.ReplaceAll(a.StringExpanded(), ":", "-")
-}
-
-// undashed reads a label as an address.
-func undashed(label string) (netip.Addr, bool) {
-	if strings.Count(label, "-") == 3 {
-		if a, err := netip.ParseAddr(strings.ReplaceAll(label, "-", ".")); err == nil {
-			return a, true
-		}
-	}
-	a, err := netip.ParseAddr(strings.ReplaceAll(label, "-", ":"))
-	return a, err == nil && a.Zone() == ""
-}
-
 // owns reports whether this zone, and no other server, answers for a name.
 func (z *zone) owns(name string) bool {
 	if dns.IsSubDomain(z.domain, name) {
 		return true
 	}
-	a, ok := reverseAddr(name)
-	if !ok {
+	return z.reverseZone(name).IsValid()
+}
+
+// key of a service.
+type key struct{ namespace, name string }
+
+func (k key) compare(o key) int {
+	return cmp.Or(cmp.Compare(k.namespace, o.namespace), cmp.Compare(k.name, o.name))
+}
+
+// treeKey joins words to a key, so that those with the first ones alike are together. No
+// name in Kubernetes has a zero byte.
+func treeKey(words ...string) []byte { return []byte(strings.Join(words, "\x00") + "\x00") }
+
+// newZone indexes d. It keeps d's objects and lists, which must not be modified.
+func newZone(d render.Desired) *zone { return (*zone)(nil).next(d) }
+
+// next is the zone of d, made from the one before it. What takes time is what has changed,
+// by the identity of objects. It is z itself if nothing has.
+func (z *zone) next(d render.Desired) *zone {
+	n := &zone{domain: dns.CanonicalName(d.Domain), server: d.DNS, reverse: slices.Concat(d.ServiceCIDR, d.ClusterCIDR)}
+	if z == nil || z.domain != n.domain {
+		z = &zone{services: iradix.New[*service](), slices: iradix.New[*discoveryv1.EndpointSlice](), pointers: iradix.New[string]()}
+	}
+	n.lists.services, n.lists.slices = d.Services, d.Slices
+	up := update{zone: n, services: z.services.Txn(), slices: z.slices.Txn(), pointers: z.pointers.Txn(), dirty: map[key]*corev1.Service{}}
+	up.list(z, d)
+	if len(up.dirty) == 0 && n.sameNames(z) && n.server == z.server {
+		return z
+	}
+	for _, k := range slices.SortedFunc(maps.Keys(up.dirty), key.compare) { // neighbours in a tree are quicker
+		up.service(k, up.dirty[k])
+	}
+	n.services, n.slices, n.pointers = up.services.Commit(), up.slices.Commit(), up.pointers.Commit()
+	return n
+}
+
+// update is the making of a zone.
+type update struct {
+	zone     *zone
+	services *iradix.Txn[*service]
+	slices   *iradix.Txn[*discoveryv1.EndpointSlice]
+	pointers *iradix.Txn[string]
+	// dirty are the services that change, with what they are from now on.
+	dirty map[key]*corev1.Service
+}
+
+// list finds what is dirty, and brings the slices up to date.
+func (up *update) list(z *zone, d render.Desired) {
+	gone, come := changes(z.lists.services, d.Services)
+	for _, svc := range gone {
+		up.dirty[key{svc.Namespace, svc.Name}] = nil
+	}
+	for _, svc := range come {
+		up.dirty[key{svc.Namespace, svc.Name}] = svc
+	}
+	lost, found := changes(z.lists.slices, d.Slices)
+	for _, s := range lost {
+		up.slices.Delete(treeKey(s.Namespace, s.Labels[discoveryv1.LabelServiceName], s.Name))
+		up.touch(s)
+	}
+	for _, s := range found {
+		up.slices.Insert(treeKey(s.Namespace, s.Labels[discoveryv1.LabelServiceName], s.Name), s)
+		up.touch(s)
+	}
+}
+
+// touch makes the service of a slice dirty.
+func (up *update) touch(s *discoveryv1.EndpointSlice) {
+	k := key{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}
+	if _, ok := up.dirty[k]; ok {
+		return
+	}
+	if old, ok := up.services.Get(treeKey(k.namespace, k.name)); ok {
+		up.dirty[k] = old.svc
+	}
+}
+
+// service brings one service up to date; nil: there is none any more.
+func (up *update) service(k key, svc *corev1.Service) {
+	at := treeKey(k.namespace, k.name)
+	if old, ok := up.services.Get(at); ok {
+		for p, name := range up.zone.pointersOf(old) {
+			up.pointers.Delete([]byte(p + name))
+		}
+	}
+	if svc == nil {
+		up.services.Delete(at)
+		return
+	}
+	e := &service{svc: svc}
+	up.slices.Root().WalkPrefix(at, func(_ []byte, s *discoveryv1.EndpointSlice) bool {
+		e.slices = append(e.slices, s)
 		return false
+	})
+	up.services.Insert(at, e)
+	for p, name := range up.zone.pointersOf(e) {
+		up.pointers.Insert([]byte(p+name), name)
 	}
-	return slices.ContainsFunc(z.reverse, func(p netip.Prefix) bool { return p.Contains(a) })
 }
 
-// origin is the zone, as resolvers see it, that a name is in: the domain, or the
-// smallest reverse zone around the range of an address.
-func (z *zone) origin(name string) string {
-	a, ok := reverseAddr(name)
-	if !ok {
-		return z.domain
+// What gives a name to an address; the lesser one counts.
+const (
+	ofService  = "\x00"
+	ofEndpoint = "\x01"
+)
+
+// pointersOf yields the names that a service gives to addresses, each with what comes
+// before it in the key.
+func (z *zone) pointersOf(e *service) func(yield func(prefix, name string) bool) {
+	return func(yield func(prefix, name string) bool) {
+		name := z.name(e)
+		ips := render.ClusterIPs(e.svc)
+		for _, a := range ips {
+			if !yield(addrKey(a)+ofService, name) {
+				return
+			}
+		}
+		if len(ips) > 0 || !e.headless() {
+			return
+		}
+		for ep := range e.endpoints {
+			if !yield(addrKey(ep.addr)+ofEndpoint, ep.host+"."+name) {
+				return
+			}
+		}
 	}
-	i := slices.IndexFunc(z.reverse, func(p netip.Prefix) bool { return p.Contains(a) })
-	if i < 0 {
-		return z.domain
-	}
-	labels, bits := 4, 8
-	if a.Is6() {
-		labels, bits = 32, 4
-	}
-	for range labels - z.reverse[i].Bits()/bits {
-		_, name, _ = strings.Cut(name, ".")
-	}
-	return name
 }
 
-// reverseAddr reads a name below in-addr.arpa or ip6.arpa as a whole address.
-func reverseAddr(name string) (netip.Addr, bool) {
-	if rest, ok := strings.CutSuffix(name, ".in-addr.arpa."); ok {
-		l := strings.Split(rest, ".")
-		if len(l) != 4 {
-			return netip.Addr{}, false
+func addrKey(a netip.Addr) string {
+	b := a.As16()
+	return string(b[:])
+}
+
+// find returns a service, or nil.
+func (z *zone) find(namespace, name string) *service {
+	e, _ := z.services.Get(treeKey(namespace, name))
+	return e
+}
+
+// hasNamespace reports whether a namespace has a service.
+func (z *zone) hasNamespace(namespace string) bool {
+	it := z.services.Root().Iterator()
+	it.SeekPrefix(treeKey(namespace))
+	_, _, ok := it.Next()
+	return ok
+}
+
+// names are those of an address: that of the service, or those of an endpoint, of which
+// several services may be made.
+func (z *zone) names(a netip.Addr) (names []string) {
+	prefix := addrKey(a)
+	z.pointers.Root().WalkPrefix([]byte(prefix), func(k []byte, name string) bool {
+		names = append(names, name)
+		return k[len(prefix)] == ofService[0]
+	})
+	return names
+}
+
+// sameNames reports whether z and other answer for the same names, though perhaps
+// differently.
+func (z *zone) sameNames(other *zone) bool {
+	return z.domain == other.domain && slices.Equal(z.reverse, other.reverse)
+}
+
+// changes are the objects that only one of two lists has. It is quick on lists in the same
+// order by namespace and name, and right for all.
+func changes[T any, P interface {
+	*T
+	metav1.Object
+}](before, after []P) (gone, come []P) {
+	i, j := 0, 0
+	for i < len(before) && j < len(after) {
+		a, b := before[i], after[j]
+		if a == b {
+			i, j = i+1, j+1
+			continue
 		}
-		a, err := netip.ParseAddr(l[3] + "." + l[2] + "." + l[1] + "." + l[0])
-		return a, err == nil
-	}
-	rest, ok := strings.CutSuffix(name, ".ip6.arpa.")
-	if !ok || len(rest) != 63 {
-		return netip.Addr{}, false
-	}
-	var b strings.Builder
-	for i := 31; i >= 0; i-- {
-		if i < 31 && rest[2*i+1] != '.' {
-			return netip.Addr{}, false
+		order := key{a.GetNamespace(), a.GetName()}.compare(key{b.GetNamespace(), b.GetName()})
+		if order <= 0 {
+			gone = append(gone, a)
+			i++
 		}
-		b.WriteByte(rest[2*i])
-		if i%4 == 0 && i > 0 {
-			b.WriteByte(':')
+		if order >= 0 {
+			come = append(come, b)
+			j++
 		}
 	}
-	a, err := netip.ParseAddr(b.String())
-	return a, err == nil
+	return append(gone, before[i:]...), append(come, after[j:]...)
 }

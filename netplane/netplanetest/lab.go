@@ -337,6 +337,9 @@ func ping(to netip.Addr) (Verdict, error) {
 		if err != nil {
 			return failed(err)
 		}
+		if to.Is4() { // comes with its header
+			n = copy(buf, buf[min(n, int(buf[0]&0xf)*4):n])
+		}
 		if n > 0 && buf[0] == reply {
 			return Verdict{To: netip.AddrPortFrom(to, 0)}, nil
 		}

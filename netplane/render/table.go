@@ -14,6 +14,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 )
 
 // Desired is the whole network of one node as the cluster wants it. The objects
@@ -29,7 +30,12 @@ type Desired struct {
 	Services    []*corev1.Service
 	Slices      []*discoveryv1.EndpointSlice
 	Nodes       []*corev1.Node
-	Pods        []*corev1.Pod // of this node, at least
+	// Policies and what they speak about: all namespaces, and the pods of all nodes. Of
+	// those, labels, named ports, the addresses in the status, node, phase and whether they
+	// use the network of their node matter.
+	Policies   []*networkingv1.NetworkPolicy
+	Namespaces []*corev1.Namespace
+	Pods       []*corev1.Pod
 }
 
 // Proto is an IP protocol number (IANA "Protocol Numbers").

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"decree.dev/decree/netplane/diff"
+	"decree.dev/decree/netplane/policy"
 	"decree.dev/decree/netplane/render"
 )
 
@@ -38,6 +39,7 @@ type Kernel struct {
 	hosts  map[netip.Addr]bool
 	node   []Address
 	served map[service]bool
+	plan   *policy.Plan // nil: nobody is isolated
 }
 
 // service is what the node itself listens on, at all of its addresses.
@@ -198,6 +200,9 @@ func (k *Kernel) route(src netip.Addr, to render.Port) ([]netip.AddrPort, *rende
 // deliver takes a packet to where a service, or nobody, sent it on to.
 func (k *Kernel) deliver(src netip.Addr, to render.Port, at netip.AddrPort) (Verdict, error) {
 	v, own := Verdict{To: at, From: src}, k.own(src)
+	if k.plan != nil && !k.plan.Judge(policy.Flow{From: src, To: at.Addr(), Proto: to.Proto, Port: at.Port(), FromNode: own}).Allowed {
+		return Verdict{Dropped: true}, nil
+	}
 	switch translated := at != netip.AddrPortFrom(to.Addr, to.Port); {
 	case k.holds(at.Addr()) && !k.served[service{to.Proto, at.Port()}]:
 		return *refused(to.Proto), nil

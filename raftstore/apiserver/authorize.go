@@ -58,7 +58,7 @@ func (s *scope) allows(verb string, resource api.Resource, namespace, name strin
 	switch resource {
 	case nonResource:
 		return verb == VerbGet
-	case api.Services, api.EndpointSlices, api.Namespaces:
+	case api.Services, api.EndpointSlices, api.Namespaces, api.NetworkPolicies:
 		return read
 	case api.Nodes:
 		return read || verb == VerbReport && name == s.node

@@ -24,6 +24,7 @@ type eventWriter struct {
 	control *http.ResponseController
 	kind    *api.Kind
 	format  format
+	shape   func(api.Object) api.Object // of what add is given; nil: as it is
 
 	begun, broken bool
 	columns       bool // column definitions were sent
@@ -56,6 +57,9 @@ func (e *eventWriter) addShared(change *raftstore.Event) {
 func (e *eventWriter) add(kind watch.EventType, o api.Object) {
 	if e.err != nil {
 		return
+	}
+	if e.shape != nil {
+		o = e.shape(o)
 	}
 	var body any = withType(e.kind, o)
 	if e.format.table {

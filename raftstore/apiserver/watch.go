@@ -90,7 +90,10 @@ func (s *Server) serveWatch(w http.ResponseWriter, r *http.Request, t target, wh
 // runWatch sends the initial objects, if wanted, and then every change.
 func (s *Server) runWatch(ctx context.Context, out *eventWriter, sel *selector, who Identity, q url.Values, opts watchOptions) error {
 	allowed := newScope(who, s.cfg.Store.View())
-	filter := newWatchFilter(sel, allowed)
+	filter := newWatchFilter(sel, allowed, q.Get(PeersParameter) == "true")
+	if filter.peers {
+		out.shape = func(o api.Object) api.Object { return peerOf(o.(*corev1.Pod)) }
+	}
 	if filter.refs != nil && !opts.initial {
 		// Which objects the node could see at that revision is not known any more.
 		return out.fail(expired("a node's watch of " + string(sel.t.kind.Resource) + " cannot be resumed: begin with sendInitialEvents"))
@@ -172,13 +175,16 @@ func (s *Server) pause(ctx context.Context) {
 type watchFilter struct {
 	sel  *selector
 	refs *podReferences
+	// peers: pods are shown as others see them, and only changes of that.
+	peers bool
 }
 
 // newWatchFilter adds to the client's selector what its identity may see: a node's
 // pods by their field, its config maps and secrets by the references of its pods.
-func newWatchFilter(sel *selector, allowed *scope) *watchFilter {
-	f := &watchFilter{sel: sel}
+func newWatchFilter(sel *selector, allowed *scope, peers bool) *watchFilter {
+	f := &watchFilter{sel: sel, peers: peers && sel.t.kind.Resource == api.Pods}
 	switch {
+	case f.peers:
 	case allowed.unfiltered(sel.t.kind.Resource):
 	case sel.t.kind.Resource == api.Pods:
 		sel.fields = append(sel.fields, requirement{value: sel.t.kind.Fields["spec.nodeName"], want: allowed.node, equal: true})
@@ -218,6 +224,8 @@ func (f *watchFilter) matches(o api.Object) bool {
 // apply turns a change into what the client must be told.
 func (f *watchFilter) apply(store Store, e *raftstore.Event, out *eventWriter) {
 	switch {
+	case f.peers:
+		f.applyPeer(e, out.add)
 	case f.refs == nil:
 		out.addShared(e)
 	case e.Key.Resource == api.Pods:

@@ -25,7 +25,12 @@ import (
 type Selection struct {
 	Resource      api.Resource
 	FieldSelector string // "spec.nodeName=n1"
+	// Peers is for pods: all of them, as others see them. See [WatchOptions].
+	Peers bool
 }
+
+// PeerSelections is what the network policies of a node need besides [NodeSelections].
+func PeerSelections() []Selection { return []Selection{{Resource: api.Pods, Peers: true}} }
 
 // NodeSelections is what the agent and the network plane of a node need.
 func NodeSelections(node string) []Selection {
@@ -37,6 +42,7 @@ func NodeSelections(node string) []Selection {
 		{Resource: api.Nodes},
 		{Resource: api.Services},
 		{Resource: api.EndpointSlices},
+		{Resource: api.NetworkPolicies},
 	}
 }
 
@@ -201,7 +207,7 @@ func (m *Mirror) watchOnce(ctx context.Context, s Selection, after uint64) (uint
 	}
 	var staged []api.Object
 	initial := after == 0
-	opts := WatchOptions{After: after, ListOptions: ListOptions{FieldSelector: s.FieldSelector}}
+	opts := WatchOptions{After: after, Peers: s.Peers, ListOptions: ListOptions{FieldSelector: s.FieldSelector}}
 	for e, err := range m.cfg.Client.WatchObjects(ctx, k, opts) {
 		switch {
 		case err != nil:

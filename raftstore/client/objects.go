@@ -157,7 +157,9 @@ type WatchOptions struct {
 	ListOptions
 	// After is the revision behind which the watch begins; zero sends the objects
 	// that exist first, and then an Event of type Bookmark with Initial set.
-	After   uint64
+	After uint64
+	// Peers shows all pods, as others see them: without what runs in them.
+	Peers   bool
 	Timeout time.Duration // the server ends the watch after this; zero: as it likes
 }
 
@@ -191,6 +193,9 @@ func (c *Client) WatchObjects(ctx context.Context, k *api.Kind, o WatchOptions) 
 		} else {
 			q.Set("sendInitialEvents", "true")
 			q.Set("resourceVersionMatch", string(metav1.ResourceVersionMatchNotOlderThan))
+		}
+		if o.Peers {
+			q.Set(apiserver.PeersParameter, "true")
 		}
 		if o.Timeout > 0 {
 			q.Set("timeoutSeconds", strconv.FormatInt(int64((o.Timeout+time.Second-1)/time.Second), 10))

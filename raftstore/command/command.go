@@ -6,6 +6,7 @@
 package command
 
 import (
+	"fmt"
 	"net/netip"
 
 	"decree.dev/decree/schemas/api"
@@ -48,11 +49,53 @@ type Bootstrap struct {
 	// PodCIDR is cut into one range of NodeMask bits per Node.
 	PodCIDR  netip.Prefix
 	NodeMask int
+	// Second are the ranges of the other address family; zero in a cluster of one family.
+	Second Ranges
+	// NodePorts are the ports that Services get on the nodes; zero for
+	// [DefaultNodePorts].
+	NodePorts PortRange
 	// DNS is the cluster DNS address; it lies in ServiceCIDR and no Service gets it.
 	DNS netip.Addr
 	// Restored is set when the cluster was made from a backup of another one.
 	Restored *Restored
 }
+
+// Ranges are where the addresses of one family come from, as in [Bootstrap].
+type Ranges struct {
+	ServiceCIDR netip.Prefix
+	PodCIDR     netip.Prefix
+	NodeMask    int
+}
+
+// PortRange is a range of ports, both ends included.
+type PortRange struct{ First, Last uint16 }
+
+// DefaultNodePorts is the range that Kubernetes uses.
+var DefaultNodePorts = PortRange{30000, 32767}
+
+// String writes r as "30000-32767".
+func (r PortRange) String() string { return fmt.Sprintf("%d-%d", r.First, r.Last) }
+
+// Families returns the ranges of each address family of the cluster, the primary one
+// first.
+func (b *Bootstrap) Families() []Ranges {
+	families := []Ranges{{b.ServiceCIDR, b.PodCIDR, b.NodeMask}}
+	if b.Second != (Ranges{}) {
+		families = append(families, b.Second)
+	}
+	return families
+}
+
+// NodePortRange is NodePorts, or the default.
+func (b *Bootstrap) NodePortRange() PortRange {
+	if b.NodePorts == (PortRange{}) {
+		return DefaultNodePorts
+	}
+	return b.NodePorts
+}
+
+// extended reports whether b says what only format 3 can.
+func (b *Bootstrap) extended() bool { return b.Second != (Ranges{}) || b.NodePorts != (PortRange{}) }
 
 // Restored says which cluster another one was made from, and how far that one had
 // come in the backup.

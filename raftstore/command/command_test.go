@@ -152,6 +152,12 @@ func drawTxn(t *rapid.T) command.Txn {
 			PodCIDR: netip.MustParsePrefix("fd00::/48"), NodeMask: 64, DNS: netip.MustParseAddr("10.97.0.10"),
 		}
 	}
+	if tx.Bootstrap != nil && rapid.Bool().Draw(t, "second") {
+		tx.Bootstrap.Second = command.Ranges{ServiceCIDR: netip.MustParsePrefix("10.97.0.0/16"), PodCIDR: netip.MustParsePrefix("10.98.0.0/16"), NodeMask: 24}
+	}
+	if tx.Bootstrap != nil && rapid.Bool().Draw(t, "ports") {
+		tx.Bootstrap.NodePorts = command.PortRange{First: rapid.Uint16Min(1).Draw(t, "first"), Last: 65535}
+	}
 	if tx.Bootstrap != nil && rapid.Bool().Draw(t, "restored") {
 		tx.Bootstrap.Restored = &command.Restored{ClusterID: name.Draw(t, "old"), Revision: rapid.Uint64().Draw(t, "revision"), Time: rapid.Int64().Draw(t, "when")}
 	}
@@ -309,6 +315,7 @@ func FuzzDecodeEntry(f *testing.F) {
 	f.Add([]byte{})
 	f.Add([]byte{2, 1, 0})
 	f.Add(entryV2(f))
+	f.Add(entryV3(f))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		txns, err := command.DecodeEntry(data)
 		if err != nil {

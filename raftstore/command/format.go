@@ -3,6 +3,9 @@ package command
 import (
 	"errors"
 	"fmt"
+	"net/netip"
+
+	corev1 "k8s.io/api/core/v1"
 
 	"decree.dev/decree/schemas/api"
 )
@@ -10,6 +13,9 @@ import (
 // The formats of log entries. A format is written once every server of the cluster
 // reads it (Server.status.format); until then nobody can write what needs it.
 // Format 2 brought parts of large transactions, and the kinds of the control plane.
+// Format 3 brought node ports and second address families of Services, clusters with
+// ranges of both families, and AddressPools: a server of the version before would store
+// such a Service and assign nothing to it.
 const (
 	Oldest = 1 // read as long as a log or a snapshot may hold it
 	Newest = newest
@@ -25,6 +31,8 @@ var since = map[api.Resource]int{
 	api.Authorities: 2,
 	api.JoinTokens:  2,
 	api.Machines:    2,
+
+	api.AddressPools: 3, api.NetworkPolicies: 3,
 }
 
 // FormatOfKind is the oldest format in which objects of a resource can be written.
@@ -36,20 +44,54 @@ func FormatOf(t *Txn) int {
 	if t.Part != nil {
 		format = max(FormatOfParts, t.Part.Format)
 	}
-	if t.Bootstrap != nil && t.Bootstrap.Restored != nil || newKinds(t.Mutations) {
+	if s := t.Bootstrap; s != nil && s.Restored != nil {
+		format = max(format, 2)
+	}
+	if s := t.Bootstrap; s != nil && s.extended() {
+		format = max(format, 3)
+	}
+	two, three := younger(t.Mutations)
+	switch {
+	case three:
+		format = max(format, 3)
+	case two:
 		format = max(format, 2)
 	}
 	return format
 }
 
-func newKinds(ms []api.Mutation) bool {
+// younger reports whether there are mutations that format 2 brought, or format 3.
+func younger(ms []api.Mutation) (two, three bool) {
 	for i := range ms {
 		m := &ms[i]
-		if since[m.Key.Resource] > 1 || m.Object != nil && since[api.KindOf(m.Object).Resource] > 1 {
-			return true
+		since := FormatOfKind(m.Key.Resource)
+		if svc, ok := m.Object.(*corev1.Service); ok {
+			if svc != nil && Assigned(svc) {
+				since = 3
+			}
+		} else if m.Object != nil {
+			since = max(since, FormatOfKind(api.KindOf(m.Object).Resource))
 		}
+		two, three = two || since == 2, three || since == 3
 	}
-	return false
+	return two, three
+}
+
+// Assigned reports whether a Service asks for more than the one cluster address that it
+// could have from the start: for node ports, or for a choice of address families. What
+// the state machine wrote into a Service of the first kind itself is no such request.
+func Assigned(svc *corev1.Service) bool {
+	s := &svc.Spec
+	switch {
+	case s.Type == corev1.ServiceTypeNodePort || s.Type == corev1.ServiceTypeLoadBalancer:
+		return true
+	case s.IPFamilyPolicy != nil && *s.IPFamilyPolicy != corev1.IPFamilyPolicySingleStack, len(s.IPFamilies) > 1, len(s.ClusterIPs) > 1:
+		return true
+	case len(s.IPFamilies) == 0 || s.ClusterIP == corev1.ClusterIPNone || s.Type == corev1.ServiceTypeExternalName:
+		return false
+	}
+	a, err := netip.ParseAddr(s.ClusterIP)
+	return err != nil || a.Is4() != (s.IPFamilies[0] == corev1.IPv4Protocol)
 }
 
 // formatOfEncoded is FormatOf for what EncodeTxn wrote.
@@ -60,6 +102,9 @@ func formatOfEncoded(b []byte) (int, error) {
 	format := Oldest
 	if flags&^knownFlags1 != 0 {
 		format = 2
+	}
+	if flags&^knownFlags2 != 0 {
+		format = 3
 	}
 	if flags&hasPart != 0 {
 		format = max(format, FormatOfParts, r.small())

@@ -6,6 +6,6 @@ package command
 // upgrades: it knows one format more, and needs that for what has format 2 in truth.
 // Nothing that it writes may be kept.
 const (
-	newest     = 3
-	sinceParts = 3
+	newest     = 4
+	sinceParts = 4
 )

@@ -3,6 +3,6 @@
 package command
 
 const (
-	newest     = 2
+	newest     = 3
 	sinceParts = 2
 )

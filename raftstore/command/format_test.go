@@ -4,11 +4,15 @@ import (
 	"bytes"
 	"errors"
 	"flag"
+	"maps"
 	"net/netip"
 	"os"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
 	apiequality "k8s.io/apimachinery/pkg/api/equality"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"pgregory.net/rapid"
@@ -18,7 +22,7 @@ import (
 )
 
 // update writes testdata of a format that is not released yet.
-var update = flag.Bool("update", false, "write testdata/entry-v2")
+var update = flag.Bool("update", false, "write testdata/entry-v3")
 
 func server() *api.Server {
 	s := &api.Server{ObjectMeta: metav1.ObjectMeta{Name: "one"}, Spec: api.ServerSpec{Node: "n1", Address: "10.0.0.1:7443"}}
@@ -69,47 +73,102 @@ func needs2(t testing.TB) map[string]command.Txn {
 	return out
 }
 
+func service(edit func(*corev1.ServiceSpec)) *corev1.Service {
+	svc := &corev1.Service{}
+	svc.Kind, svc.APIVersion, svc.Namespace, svc.Name = "Service", "v1", "default", "web"
+	edit(&svc.Spec)
+	return svc
+}
+
+// needs3 is one transaction for everything that format 2 does not know.
+func needs3(t testing.TB) map[string]command.Txn {
+	born := func(edit func(*command.Bootstrap)) command.Txn {
+		b := &command.Bootstrap{ClusterID: "c", ServiceCIDR: netip.MustParsePrefix("10.0.0.0/16"),
+			PodCIDR: netip.MustParsePrefix("10.1.0.0/16"), NodeMask: 24, DNS: netip.MustParseAddr("10.0.0.1")}
+		edit(b)
+		return command.Txn{Bootstrap: b}
+	}
+	second := command.Ranges{ServiceCIDR: netip.MustParsePrefix("fd00:1::/108"), PodCIDR: netip.MustParsePrefix("fd00:2::/48"), NodeMask: 64}
+	require := corev1.IPFamilyPolicyRequireDualStack
+	nodePort := func(s *corev1.ServiceSpec) { s.Type = corev1.ServiceTypeNodePort }
+	pool, _ := api.KindFor(api.AddressPools)
+	return map[string]command.Txn{
+		"kind AddressPool":     create(pool.New()),
+		"delete a pool":        {Mutations: []api.Mutation{{Verb: api.Delete, Key: api.Key{Resource: api.AddressPools, Name: "x"}}}},
+		"node port":            create(pod(), service(nodePort)),
+		"node port and server": create(server(), service(nodePort)),
+		"node port as key":     {Mutations: []api.Mutation{{Verb: api.Create, Key: api.KeyOf(pod()), Object: service(nodePort)}}},
+		"load balancer":        create(service(func(s *corev1.ServiceSpec) { s.Type = corev1.ServiceTypeLoadBalancer })),
+		"dual stack":           create(service(func(s *corev1.ServiceSpec) { s.IPFamilyPolicy = &require })),
+		"families":             create(service(func(s *corev1.ServiceSpec) { s.IPFamilies = []corev1.IPFamily{"IPv4", "IPv6"} })),
+		"a chosen family":      create(service(func(s *corev1.ServiceSpec) { s.IPFamilies = []corev1.IPFamily{"IPv4"} })),
+		"another family":       create(service(func(s *corev1.ServiceSpec) { s.IPFamilies, s.ClusterIP = []corev1.IPFamily{"IPv6"}, "10.0.0.7" })),
+		"addresses":            create(service(func(s *corev1.ServiceSpec) { s.ClusterIPs = []string{"10.0.0.7", "fd00:1::7"} })),
+		"second family":        born(func(b *command.Bootstrap) { b.Second = second }),
+		"range of node ports":  born(func(b *command.Bootstrap) { b.NodePorts = command.PortRange{First: 20000, Last: 20100} }),
+		"restored, two families": born(func(b *command.Bootstrap) {
+			b.Second, b.Restored = second, &command.Restored{ClusterID: "old", Revision: 3}
+		}),
+		"parts": parts(t, create(service(nodePort)), 50)[0],
+	}
+}
+
 func TestFormatIsWrittenWhenAllReadIt(t *testing.T) {
-	one := create(pod())
+	single := corev1.IPFamilyPolicySingleStack
+	one := create(pod(), service(func(s *corev1.ServiceSpec) {}), // also with what the state machine writes
+		service(func(s *corev1.ServiceSpec) {
+			s.ClusterIP, s.ClusterIPs, s.IPFamilies, s.IPFamilyPolicy = "10.0.0.7", []string{"10.0.0.7"}, []corev1.IPFamily{"IPv4"}, &single
+		}),
+		service(func(s *corev1.ServiceSpec) {
+			s.ClusterIP, s.IPFamilies, s.IPFamilyPolicy = "None", []corev1.IPFamily{"IPv4"}, &single
+		}))
 	if f := command.FormatOf(&one); f != 1 {
-		t.Fatalf("a pod needs format %d", f)
+		t.Fatalf("a pod and services need format %d", f)
 	}
-	for name, two := range needs2(t) {
-		t.Run(name, func(t *testing.T) {
-			if f := command.FormatOf(&two); f != 2 {
-				t.Fatalf("needs format %d", f)
-			}
-			_, err := command.EncodeEntry(1, encoded(t, one), encoded(t, two))
-			var format *command.FormatError
-			if !errors.Is(err, command.ErrFormat) || !errors.As(err, &format) || format.Need != 2 || format.Have != 1 || !strings.Contains(err.Error(), "upgrade all servers first") {
-				t.Fatalf("got %v", err)
-			}
-			entry, err := command.EncodeEntry(2, encoded(t, one), encoded(t, two))
-			if err != nil || entry[0] != 2 {
-				t.Fatalf("format %d, %v", entry[0], err)
-			}
-			if _, err := command.DecodeEntry(entry); err != nil {
-				t.Fatal(err)
-			}
-			var version *command.VersionError
-			if _, err := (command.Decoder{Max: 1}).Entry(entry); !errors.As(err, &version) || version.Got != 2 || version.Max != 1 {
-				t.Fatalf("the version before: %v", err)
-			}
-			// An encoder that is wrong about the format is found out by everybody.
-			entry[0] = 1
-			for _, d := range []command.Decoder{{}, {Max: 1}} {
-				if _, err := d.Entry(entry); !errors.Is(err, command.ErrMalformed) {
-					t.Fatalf("as format 1: %v", err)
-				}
-			}
-		})
+	for need, txns := range map[int]map[string]command.Txn{2: needs2(t), 3: needs3(t)} {
+		for name, tx := range txns {
+			t.Run(name, func(t *testing.T) { isWrittenAs(t, need, one, tx) })
+		}
 	}
-	entry, err := command.EncodeEntry(2, encoded(t, one))
+	entry, err := command.EncodeEntry(command.Newest, encoded(t, one))
 	if err != nil || entry[0] != 1 {
 		t.Fatalf("what needs format 1 was written as %d, %v", entry[0], err)
 	}
 	if _, err := (command.Decoder{Max: 1}).Entry(entry); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// isWrittenAs checks that tx, which needs a format, is refused, written and read as such.
+func isWrittenAs(t *testing.T, need int, one, tx command.Txn) {
+	if f := command.FormatOf(&tx); f != need {
+		t.Fatalf("needs format %d", f)
+	}
+	_, err := command.EncodeEntry(need-1, encoded(t, one), encoded(t, tx))
+	var format *command.FormatError
+	if !errors.Is(err, command.ErrFormat) || !errors.As(err, &format) || format.Need != need || format.Have != need-1 || !strings.Contains(err.Error(), "upgrade all servers first") {
+		t.Fatalf("got %v", err)
+	}
+	entry, err := command.EncodeEntry(need, encoded(t, one), encoded(t, tx))
+	if err != nil || entry[0] != byte(need) {
+		t.Fatalf("format %d, %v", entry[0], err)
+	}
+	got, err := command.DecodeEntry(entry)
+	if err != nil || !apiequality.Semantic.DeepEqual(plain(got[1]), plain(tx)) || !reflect.DeepEqual(got[1].Bootstrap, tx.Bootstrap) {
+		t.Fatalf("got %+v, %v", got, err)
+	}
+	var version *command.VersionError
+	if _, err := (command.Decoder{Max: need - 1}).Entry(entry); !errors.As(err, &version) || version.Got != need || version.Max != need-1 {
+		t.Fatalf("the version before: %v", err)
+	}
+	// An encoder that is wrong about the format is found out by everybody.
+	for wrong := byte(1); wrong < byte(need); wrong++ {
+		entry[0] = wrong
+		for _, d := range []command.Decoder{{}, {Max: int(wrong)}} {
+			if _, err := d.Entry(entry); !errors.Is(err, command.ErrMalformed) && !errors.As(err, &version) {
+				t.Fatalf("as format %d: %v", wrong, err)
+			}
+		}
 	}
 }
 
@@ -132,6 +191,20 @@ func TestHiddenKind(t *testing.T) {
 			t.Fatalf("format %d: %v", format, err)
 		}
 	}
+	data = encoded(t, create(service(func(s *corev1.ServiceSpec) { s.Type = corev1.ServiceTypeNodePort })))
+	if data[flags] != 32 {
+		t.Fatalf("the flags are not at %d of %x", flags, data)
+	}
+	for _, wrong := range []byte{0, 16, 48} {
+		data[flags] = wrong
+		entry, err := command.EncodeEntry(command.Newest, data)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := command.DecodeEntry(entry); !errors.Is(err, command.ErrMalformed) {
+			t.Fatalf("flags %d: %v", wrong, err)
+		}
+	}
 }
 
 // TestEveryKindHasItsFormat fails when a kind is new: an older server cannot read it,
@@ -141,7 +214,7 @@ func TestEveryKindHasItsFormat(t *testing.T) {
 	for _, k := range api.Kinds() {
 		byFormat[command.FormatOfKind(k.Resource)] += k.Kind + " "
 	}
-	if byFormat[1] != "Namespace Node Pod Service ConfigMap Secret Event Deployment ReplicaSet EndpointSlice Source Revision " || byFormat[2] != "Server Authority JoinToken Machine " || len(byFormat) != 2 {
+	if byFormat[1] != "Namespace Node Pod Service ConfigMap Secret Event Deployment ReplicaSet EndpointSlice Source Revision " || byFormat[2] != "Server Authority JoinToken Machine " || byFormat[3] != "NetworkPolicy AddressPool " || len(byFormat) != 3 {
 		t.Fatalf("got %v", byFormat)
 	}
 }
@@ -242,11 +315,6 @@ func entryV2(t testing.TB) []byte {
 
 // TestFormat2IsStable is TestFormatIsStable for format 2.
 func TestFormat2IsStable(t *testing.T) {
-	if *update {
-		if err := os.WriteFile("testdata/entry-v2", entryV2(t), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
 	entry, err := os.ReadFile("testdata/entry-v2")
 	if err != nil {
 		t.Fatal(err)
@@ -262,5 +330,39 @@ func TestFormat2IsStable(t *testing.T) {
 	txns, err := command.DecodeEntry(entry)
 	if err != nil || len(txns) != 8 || txns[1].Part.Index != 1 || txns[2].Bootstrap.Restored.Revision != 3 || txns[4].Mutations[1].Object.GetName() != "one" {
 		t.Fatalf("got %+v, %v", txns, err)
+	}
+}
+
+func entryV3(t testing.TB) []byte {
+	all := needs3(t)
+	var txns [][]byte
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		txns = append(txns, encoded(t, all[name]))
+	}
+	entry, err := command.EncodeEntry(3, txns...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return entry
+}
+
+// TestFormat3IsStable is TestFormatIsStable for format 3.
+func TestFormat3IsStable(t *testing.T) {
+	if *update {
+		if err := os.WriteFile("testdata/entry-v3", entryV3(t), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entry, err := os.ReadFile("testdata/entry-v3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(entry, entryV3(t)) {
+		t.Fatal("format 3 is written differently now")
+	}
+	for i := range entry {
+		if _, err := command.DecodeEntry(entry[:i]); !errors.Is(err, command.ErrMalformed) {
+			t.Fatalf("cut at %d of %d: %v", i, len(entry), err)
+		}
 	}
 }

@@ -15,10 +15,13 @@ const (
 	hasBootstrap = 2
 	hasPart      = 4  // since format 2
 	hasRestored  = 8  // since format 2
-	hasNewKinds  = 16 // since format 2: a kind that is younger than format 1
+	hasNewKinds  = 16 // since format 2: a kind that format 2 brought
+	hasAssigned  = 32 // since format 3: an object that format 3 brought
+	hasExtended  = 64 // since format 3: settings that format 3 brought
 
 	knownFlags1 = hasCommit | hasBootstrap
 	knownFlags2 = knownFlags1 | hasPart | hasRestored | hasNewKinds
+	knownFlags3 = knownFlags2 | hasAssigned | hasExtended
 
 	hasObject = 1
 	hasGrace  = 2
@@ -69,9 +72,20 @@ func flagsOf(t *Txn) byte {
 		if t.Bootstrap.Restored != nil {
 			flags |= hasRestored
 		}
+		if t.Bootstrap.extended() {
+			flags |= hasExtended
+		}
 	}
-	if newKinds(t.Mutations) {
+	return flags | flagsOfMutations(t.Mutations)
+}
+
+func flagsOfMutations(ms []api.Mutation) (flags byte) {
+	two, three := younger(ms)
+	if two {
 		flags |= hasNewKinds
+	}
+	if three {
+		flags |= hasAssigned
 	}
 	return flags
 }
@@ -93,8 +107,10 @@ func checkTxn(t *Txn) error {
 		}
 	}
 	if s := t.Bootstrap; s != nil {
-		if s.NodeMask < 0 || s.NodeMask > 128 {
-			return fmt.Errorf("node mask %d", s.NodeMask)
+		for _, mask := range []int{s.NodeMask, s.Second.NodeMask} {
+			if mask < 0 || mask > 128 {
+				return fmt.Errorf("node mask %d", mask)
+			}
 		}
 		if s.Restored != nil {
 			if err := checkNames(s.Restored.ClusterID); err != nil {
@@ -122,10 +138,13 @@ func (r *reader) txnHead(t, before *Txn) (flags byte) {
 	t.Actor, t.Reason = r.same(maxName, before.Actor), r.same(maxReason, before.Reason)
 	flags = r.byte()
 	known := byte(knownFlags1)
-	if r.format >= 2 {
+	switch {
+	case r.format >= 3:
+		known = knownFlags3
+	case r.format >= 2:
 		known = knownFlags2
 	}
-	if flags&^known != 0 || flags&(hasBootstrap|hasRestored) == hasRestored {
+	if flags&^known != 0 || flags&hasBootstrap == 0 && flags&(hasRestored|hasExtended) != 0 {
 		r.fail("transaction flags %#x", flags)
 	}
 	return flags
@@ -140,7 +159,7 @@ func (r *reader) txn(t, before *Txn) {
 		t.Commit = r.commit()
 	}
 	if flags&hasBootstrap != 0 {
-		t.Bootstrap = r.bootstrap(flags&hasRestored != 0)
+		t.Bootstrap = r.bootstrap(flags&hasRestored != 0, flags&hasExtended != 0)
 	}
 	if n := r.count(MaxMutations, 7); n > 0 {
 		t.Mutations = make([]api.Mutation, n)
@@ -151,8 +170,10 @@ func (r *reader) txn(t, before *Txn) {
 			return
 		}
 	}
-	if r.err == nil && newKinds(t.Mutations) != (flags&hasNewKinds != 0) {
-		r.fail("kinds that are younger than the transaction's format %d say", r.format)
+	// Rules that depend on the content are those of the format that it says, or else
+	// servers of two versions would make two things of it.
+	if want := flagsOfMutations(t.Mutations); r.err == nil && want != flags&(hasNewKinds|hasAssigned) {
+		r.fail("objects that are younger or older than the transaction's flags %#x say", flags)
 	}
 }
 
@@ -182,71 +203,6 @@ func (r *reader) commit() *Commit {
 	}
 	c.Revision = revision
 	return c
-}
-
-// AppendBootstrap appends the encoding of s to b.
-func AppendBootstrap(b []byte, s *Bootstrap) []byte {
-	b = appendString(b, s.ClusterID)
-	b = appendPrefix(b, s)
-	b = binary.AppendUvarint(b, uint64(s.NodeMask))
-	dns, _ := s.DNS.MarshalBinary() // never fails
-	b = appendString(b, string(dns))
-	if r := s.Restored; r != nil { // who reads it knows that more follows
-		b = appendString(b, r.ClusterID)
-		b = binary.AppendUvarint(b, r.Revision)
-		b = binary.AppendVarint(b, r.Time)
-	}
-	return b
-}
-
-func appendPrefix(b []byte, s *Bootstrap) []byte {
-	service, _ := s.ServiceCIDR.MarshalBinary() // never fails
-	pod, _ := s.PodCIDR.MarshalBinary()
-	return appendString(appendString(b, string(service)), string(pod))
-}
-
-// DecodeBootstrap decodes what [AppendBootstrap] wrote, all of b.
-func DecodeBootstrap(b []byte) (*Bootstrap, error) {
-	r := reader{b: b, format: Newest}
-	s := r.bootstrap(false)
-	if r.err == nil && len(r.b) > 0 {
-		s.Restored = r.restored()
-	}
-	if r.err == nil && len(r.b) > 0 {
-		r.fail("%d bytes too many", len(r.b))
-	}
-	if r.err != nil {
-		return nil, fmt.Errorf("decode cluster settings: %w", r.err)
-	}
-	return s, nil
-}
-
-func (r *reader) restored() *Restored {
-	return &Restored{ClusterID: r.str(maxName), Revision: r.uvarint(), Time: r.varint()}
-}
-
-func (r *reader) bootstrap(restored bool) *Bootstrap {
-	s := &Bootstrap{ClusterID: r.str(maxName)}
-	service, pod := r.bytes(64), r.bytes(64)
-	mask := r.uvarint()
-	dns := r.bytes(64)
-	if restored {
-		s.Restored = r.restored()
-	}
-	if r.err != nil {
-		return s
-	}
-	if mask > 128 {
-		r.fail("node mask %d", mask)
-		return s
-	}
-	s.NodeMask = int(mask)
-	for _, err := range []error{s.ServiceCIDR.UnmarshalBinary(service), s.PodCIDR.UnmarshalBinary(pod), s.DNS.UnmarshalBinary(dns)} {
-		if err != nil {
-			r.fail("cluster settings: %w", err)
-		}
-	}
-	return s
 }
 
 func appendMutation(b []byte, m *api.Mutation) ([]byte, error) {

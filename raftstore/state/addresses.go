@@ -1,9 +1,8 @@
 package state
 
 import (
-	"fmt"
 	"net/netip"
-	"strings"
+	"slices"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -11,130 +10,174 @@ import (
 	"decree.dev/decree/schemas/api"
 )
 
-// CheckBootstrap says what is wrong with the settings of a new cluster.
-func CheckBootstrap(b *command.Bootstrap) error {
-	if b.ClusterID == "" {
-		return fmt.Errorf("the cluster id is empty")
+// placeService settles what the state machine assigns to svc, which the caller owns, and
+// updates the pools. old is nil on Create.
+func (d *draft) placeService(key api.Key, old, svc *corev1.Service) *command.Rejection {
+	if rejection := d.placeAddresses(key, old, svc); rejection != nil {
+		return rejection
 	}
-	for i, p := range []netip.Prefix{b.ServiceCIDR, b.PodCIDR} {
-		name := [...]string{"service", "pod"}[i]
-		if !p.IsValid() || p != p.Masked() || p.Addr().Is4In6() {
-			return fmt.Errorf("%s range %q is not a network such as 10.97.0.0/16", name, p)
-		}
-		if bits := p.Addr().BitLen() - p.Bits(); bits < 2 || (p.Addr().Is4() && bits > 24) {
-			return fmt.Errorf("%s range %s must be between /8 and /30 wide", name, p)
-		}
-	}
-	if b.ServiceCIDR.Overlaps(b.PodCIDR) {
-		return fmt.Errorf("service range %s and pod range %s overlap", b.ServiceCIDR, b.PodCIDR)
-	}
-	if b.NodeMask < b.PodCIDR.Bits() || b.NodeMask > b.PodCIDR.Addr().BitLen()-2 || b.NodeMask-b.PodCIDR.Bits() > 20 {
-		return fmt.Errorf("a node range of /%d does not fit into the pod range %s", b.NodeMask, b.PodCIDR)
-	}
-	if r := b.Restored; r != nil && (r.ClusterID == "" || r.ClusterID == b.ClusterID) {
-		return fmt.Errorf("the id %q of the cluster that was restored does not tell it from the new one, %q", r.ClusterID, b.ClusterID)
-	}
-	low, high := serviceBounds(b)
-	if n, ok := numberOf(b.ServiceCIDR, b.DNS); !ok || n < low || n > high {
-		return fmt.Errorf("the cluster DNS address %s must lie within the service range %s, and not at its ends", b.DNS, b.ServiceCIDR)
-	}
-	return nil
+	return d.placePorts(key, old, svc)
 }
 
-// placeService settles the cluster IP of svc, which the caller owns, and updates
-// the pool. old is nil on Create.
-func (d *draft) placeService(key api.Key, old, svc *corev1.Service) *command.Rejection {
-	had, wanted := serviceIP(old), wantedIP(svc)
-	if len(svc.Spec.ClusterIPs) > 1 {
-		return invalid(key, "spec.clusterIPs has %d addresses: one is possible, services have one address family", len(svc.Spec.ClusterIPs))
+// placeAddresses settles the cluster IPs of svc.
+func (d *draft) placeAddresses(key api.Key, old, svc *corev1.Service) *command.Rejection {
+	wanted, rejection := wantedIPs(key, svc)
+	if rejection != nil {
+		return rejection
 	}
 	switch {
 	case svc.Spec.Type == corev1.ServiceTypeExternalName:
-		if wanted != "" && wanted != had {
+		if len(wanted) > 0 && wanted[0] != serviceIP(old) {
 			return invalid(key, "a service of type ExternalName has no cluster IP: remove spec.clusterIP")
 		}
-		d.releaseService(old)
+		d.releaseAddresses(old)
 		svc.Spec.ClusterIP, svc.Spec.ClusterIPs = "", nil
 		return nil
-	case wanted == corev1.ClusterIPNone:
-		d.releaseService(old)
+	case len(wanted) == 1 && wanted[0] == corev1.ClusterIPNone:
+		d.releaseAddresses(old)
 		svc.Spec.ClusterIP, svc.Spec.ClusterIPs = corev1.ClusterIPNone, []string{corev1.ClusterIPNone}
-		return nil
-	case had != "" && (wanted == "" || wanted == had):
-		d.setServiceIP(svc, had)
-		return nil
-	case wanted == "":
-		return d.allocateServiceIP(key, svc)
+		if !d.choosesFamilies(svc) {
+			return nil // its endpoints are of the family that its pods have
+		}
+		_, rejection := d.chooseFamilies(key, svc, nil)
+		return rejection
 	}
-	return d.claimServiceIP(key, old, svc, wanted)
+	families, rejection := d.chooseFamilies(key, svc, wanted)
+	if rejection != nil {
+		return rejection
+	}
+	return d.assignAddresses(key, old, svc, families, wanted)
 }
 
-func (d *draft) allocateServiceIP(key api.Key, svc *corev1.Service) *command.Rejection {
+// wantedIPs are the addresses that svc names.
+func wantedIPs(key api.Key, svc *corev1.Service) ([]string, *command.Rejection) {
+	wanted := svc.Spec.ClusterIPs
+	if ip := svc.Spec.ClusterIP; ip != "" && (len(wanted) == 0 || wanted[0] != ip) {
+		if len(wanted) > 1 {
+			return nil, invalid(key, "spec.clusterIP %s is not the first of spec.clusterIPs, which is %s", ip, wanted[0])
+		}
+		wanted = []string{ip}
+	}
+	if len(wanted) == 1 && wanted[0] == "" {
+		wanted = nil
+	}
+	if len(wanted) > maxFamilies {
+		return nil, invalid(key, "spec.clusterIPs has %d addresses: one of each address family is possible", len(wanted))
+	}
+	return wanted, nil
+}
+
+// assignAddresses gives svc an address of each of the families, which are indexes of
+// Bootstrap.Families: the one that it names, the one that it has, or a free one.
+func (d *draft) assignAddresses(key api.Key, old, svc *corev1.Service, families []int, wanted []string) *command.Rejection {
+	before := d.heldAddresses(old)
+	ips := make([]string, 0, len(families))
+	for i, f := range families {
+		had, want := before[f], ""
+		if i < len(wanted) {
+			want = wanted[i]
+		}
+		ip, rejection := had, (*command.Rejection)(nil)
+		switch {
+		case had != "" && (want == "" || want == had):
+		case want == "":
+			ip, rejection = d.allocateAddress(key, f)
+		default:
+			ip, rejection = d.claimAddress(key, f, want, had)
+		}
+		if rejection != nil {
+			return rejection
+		}
+		before[f] = ""
+		ips = append(ips, ip)
+	}
+	for f, ip := range before { // of families that it has no longer
+		d.releaseAddress(f, ip)
+	}
+	svc.Spec.ClusterIP, svc.Spec.ClusterIPs = ips[0], ips
+	return nil
+}
+
+func (d *draft) allocateAddress(key api.Key, family int) (string, *command.Rejection) {
 	b := d.next.settings
-	low, high := serviceBounds(b)
-	dns, _ := numberOf(b.ServiceCIDR, b.DNS)
-	pool, n, ok := d.next.services.free(low, high, dns)
+	cidr := b.Families()[family].ServiceCIDR
+	low, high := serviceBounds(cidr)
+	dns, ok := numberOf(cidr, b.DNS)
 	if !ok {
-		return invalid(key, "no address is left in the service range %s: all %d are in use, delete a service that is not needed", b.ServiceCIDR, d.next.services.used.Len())
+		dns = high + 1 // of the other family
+	}
+	pool, n, ok := d.next.services[family].free(low, high, dns)
+	if !ok {
+		return "", invalid(key, "no address is left in the service range %s: all %d are in use, delete a service that is not needed", cidr, pool.used.Len())
 	}
 	pool.take(d.edit, n, holderOf(key))
-	d.next.services = pool
-	d.setServiceIP(svc, addressAt(b.ServiceCIDR, n, 0).String())
-	return nil
+	d.next.services[family] = pool
+	return addressAt(cidr, n, 0).String(), nil
 }
 
-func (d *draft) claimServiceIP(key api.Key, old, svc *corev1.Service, wanted string) *command.Rejection {
+// claimAddress takes an address that a service names in place of the one it had.
+func (d *draft) claimAddress(key api.Key, family int, wanted, had string) (string, *command.Rejection) {
 	b := d.next.settings
+	cidr := b.Families()[family].ServiceCIDR
 	addr, err := netip.ParseAddr(wanted)
 	if err != nil {
-		return invalid(key, "spec.clusterIP %q is not an IP address", wanted)
+		return "", invalid(key, "spec.clusterIP %q is not an IP address", wanted)
 	}
-	n, ok := numberOf(b.ServiceCIDR, addr)
-	if low, high := serviceBounds(b); !ok || n < low || n > high {
-		return invalid(key, "spec.clusterIP %s is not in the service range %s", wanted, b.ServiceCIDR)
+	n, ok := numberOf(cidr, addr)
+	if low, high := serviceBounds(cidr); !ok || n < low || n > high {
+		return "", invalid(key, "spec.clusterIP %s is not in the service range %s", wanted, cidr)
 	}
 	if addr == b.DNS {
-		return invalid(key, "spec.clusterIP %s is the cluster DNS address, choose another or none", wanted)
+		return "", invalid(key, "spec.clusterIP %s is the cluster DNS address, choose another or none", wanted)
 	}
-	if holder, taken := d.next.services.holder(n); taken && holder != holderOf(key) {
-		return invalid(key, "spec.clusterIP %s is in use by services %q, choose another or none", wanted, holder)
+	if holder, taken := d.next.services[family].holder(n); taken && holder != holderOf(key) {
+		return "", invalid(key, "spec.clusterIP %s is in use by services %q, choose another or none", wanted, holder)
 	}
-	d.releaseService(old)
-	d.next.services.take(d.edit, n, holderOf(key))
-	d.setServiceIP(svc, addr.String())
-	return nil
+	d.releaseAddress(family, had)
+	d.next.services[family].take(d.edit, n, holderOf(key))
+	return addr.String(), nil
 }
 
-// setServiceIP writes the address and what Kubernetes clients expect beside it.
-func (d *draft) setServiceIP(svc *corev1.Service, ip string) {
-	svc.Spec.ClusterIP, svc.Spec.ClusterIPs = ip, []string{ip}
-	if svc.Spec.IPFamilies == nil {
-		family := corev1.IPv4Protocol
-		if d.next.settings.ServiceCIDR.Addr().Is6() {
-			family = corev1.IPv6Protocol
+// releaseAddresses gives back the addresses that svc holds, if any; svc may be nil.
+func (d *draft) releaseAddresses(svc *corev1.Service) {
+	for f, ip := range d.heldAddresses(svc) {
+		d.releaseAddress(f, ip)
+	}
+}
+
+func (d *draft) releaseAddress(family int, ip string) {
+	if n, ok := addressNumber(d.next.settings, family, ip); ok {
+		d.next.services[family].release(d.edit, n)
+	}
+}
+
+// heldAddresses are the addresses of a stored service by the index of their family, ""
+// for none; svc may be nil.
+func (d *draft) heldAddresses(svc *corev1.Service) (held [maxFamilies]string) {
+	if svc == nil {
+		return held
+	}
+	ips := svc.Spec.ClusterIPs
+	if len(ips) == 0 {
+		ips = []string{svc.Spec.ClusterIP}
+	}
+	for _, ip := range ips {
+		for f := range d.next.settings.Families() {
+			if _, ok := addressNumber(d.next.settings, f, ip); ok {
+				held[f] = ip
+			}
 		}
-		svc.Spec.IPFamilies = []corev1.IPFamily{family}
 	}
-	if svc.Spec.IPFamilyPolicy == nil {
-		policy := corev1.IPFamilyPolicySingleStack
-		svc.Spec.IPFamilyPolicy = &policy
-	}
+	return held
 }
 
-// releaseService gives back the address that svc holds, if any; svc may be nil.
-func (d *draft) releaseService(svc *corev1.Service) {
-	if n, ok := serviceNumber(d.next.settings, svc); ok {
-		d.next.services.release(d.edit, n)
-	}
-}
-
-// serviceNumber is the number that a stored service holds.
-func serviceNumber(b *command.Bootstrap, svc *corev1.Service) (uint64, bool) {
-	addr, err := netip.ParseAddr(serviceIP(svc))
+// addressNumber is the number of an address in the service range of a family.
+func addressNumber(b *command.Bootstrap, family int, ip string) (uint64, bool) {
+	addr, err := netip.ParseAddr(ip)
 	if err != nil {
 		return 0, false
 	}
-	return numberOf(b.ServiceCIDR, addr)
+	return numberOf(b.Families()[family].ServiceCIDR, addr)
 }
 
 // serviceIP is the address of a stored service, "" for none; svc may be nil.
@@ -145,72 +188,97 @@ func serviceIP(svc *corev1.Service) string {
 	return svc.Spec.ClusterIP
 }
 
-func wantedIP(svc *corev1.Service) string {
-	if svc.Spec.ClusterIP == "" && len(svc.Spec.ClusterIPs) == 1 {
-		return svc.Spec.ClusterIPs[0]
+// maxFamilies is how many address families there are.
+const maxFamilies = 2
+
+func familyOf(p netip.Prefix) corev1.IPFamily {
+	if p.Addr().Is6() {
+		return corev1.IPv6Protocol
 	}
-	return svc.Spec.ClusterIP
+	return corev1.IPv4Protocol
 }
 
-// placeNode settles the pod range of node, which the caller owns, and updates the
-// pool. old is nil on Create.
-func (d *draft) placeNode(key api.Key, old, node *corev1.Node) *command.Rejection {
-	b := d.next.settings
-	wanted := node.Spec.PodCIDR
-	if wanted == "" && len(node.Spec.PodCIDRs) > 0 {
-		wanted = node.Spec.PodCIDRs[0]
+// choosesFamilies reports whether the families of svc are a choice: in a cluster that
+// has two, or where it asks for them. What a Service of one address had from the start
+// means what it always meant, see [command.Assigned].
+func (d *draft) choosesFamilies(svc *corev1.Service) bool {
+	return len(d.next.settings.Families()) > 1 || command.Assigned(svc)
+}
+
+// chooseFamilies settles ipFamilies and ipFamilyPolicy of svc and returns the indexes of
+// its families in Bootstrap.Families. wanted are the addresses that it names. The rules
+// are those of Kubernetes, but that an object from Git is all there is to say: families
+// that it does not name are those of the cluster, whatever it had before.
+func (d *draft) chooseFamilies(key api.Key, svc *corev1.Service, wanted []string) ([]int, *command.Rejection) {
+	families := d.next.settings.Families()
+	s := &svc.Spec
+	if !d.choosesFamilies(svc) {
+		if s.IPFamilies == nil {
+			s.IPFamilies = []corev1.IPFamily{familyOf(families[0].ServiceCIDR)}
+		}
+		if s.IPFamilyPolicy == nil {
+			s.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
+		}
+		return []int{0}, nil
 	}
-	if len(node.Spec.PodCIDRs) > 1 {
-		return invalid(key, "spec.podCIDRs has %d ranges: one is possible", len(node.Spec.PodCIDRs))
+	named, rejection := d.namedFamilies(key, svc, wanted)
+	if rejection != nil {
+		return nil, rejection
 	}
-	if had := podCIDR(old); had != "" && (wanted == "" || wanted == had) {
-		node.Spec.PodCIDR, node.Spec.PodCIDRs = had, []string{had}
-		return nil
+	if s.IPFamilyPolicy == nil {
+		s.IPFamilyPolicy = new(corev1.IPFamilyPolicySingleStack)
+		if len(named) > 1 {
+			s.IPFamilyPolicy = new(corev1.IPFamilyPolicyRequireDualStack)
+		}
 	}
-	pool, n, ok := d.next.nodes.free(0, nodeRanges(b)-1, nodeRanges(b))
-	if wanted != "" {
-		p, err := netip.ParsePrefix(wanted)
+	switch policy := *s.IPFamilyPolicy; {
+	case policy == corev1.IPFamilyPolicySingleStack && len(named) > 1:
+		return nil, invalid(key, "a service with ipFamilyPolicy SingleStack has one address family, it names two")
+	case policy == corev1.IPFamilyPolicyRequireDualStack && len(families) == 1:
+		return nil, invalid(key, "ipFamilyPolicy RequireDualStack asks for two address families, and the cluster has %s only", familyOf(families[0].ServiceCIDR))
+	case policy == corev1.IPFamilyPolicySingleStack && len(named) == 0:
+		named = []int{0}
+	case policy != corev1.IPFamilyPolicySingleStack:
+		for f := range families {
+			if !slices.Contains(named, f) {
+				named = append(named, f)
+			}
+		}
+	}
+	s.IPFamilies = nil
+	for _, f := range named {
+		s.IPFamilies = append(s.IPFamilies, familyOf(families[f].ServiceCIDR))
+	}
+	return named, nil
+}
+
+// namedFamilies are the families that svc names, in its order: in ipFamilies, or by its
+// addresses.
+func (d *draft) namedFamilies(key api.Key, svc *corev1.Service, wanted []string) ([]int, *command.Rejection) {
+	names := slices.Clone(svc.Spec.IPFamilies)
+	for i, text := range wanted {
+		addr, err := netip.ParseAddr(text)
 		if err != nil {
-			return invalid(key, "spec.podCIDR %q is not a network", wanted)
+			return nil, invalid(key, "spec.clusterIP %q is not an IP address", text)
 		}
-		if n, ok = nodeRangeNumber(b, p); !ok {
-			return invalid(key, "spec.podCIDR %s is not a /%d of the pod range %s", wanted, b.NodeMask, b.PodCIDR)
+		family := familyOf(netip.PrefixFrom(addr, addr.BitLen()))
+		switch {
+		case i >= len(names):
+			names = append(names, family)
+		case names[i] != family:
+			return nil, invalid(key, "spec.clusterIP %s is not of the family %s, as ipFamilies says", text, names[i])
 		}
-		if holder, taken := d.next.nodes.holder(n); taken {
-			return invalid(key, "spec.podCIDR %s is in use by nodes %q", wanted, holder)
+	}
+	var named []int
+	for _, name := range names {
+		f := slices.IndexFunc(d.next.settings.Families(), func(r command.Ranges) bool { return familyOf(r.ServiceCIDR) == name })
+		switch {
+		case f < 0:
+			return nil, invalid(key, "ipFamilies names %s, which this cluster has no addresses of", name)
+		case slices.Contains(named, f):
+			return nil, invalid(key, "the service names the family %s twice: one is possible of each", name)
 		}
-		pool = d.next.nodes
+		named = append(named, f)
 	}
-	if !ok {
-		return invalid(key, "no /%d is left in the pod range %s: all %d are in use, delete a node that is gone", b.NodeMask, b.PodCIDR, nodeRanges(b))
-	}
-	d.next.nodes = pool
-	d.releaseNode(old)
-	d.next.nodes.take(d.edit, n, holderOf(key))
-	cidr := nodeRange(b, n).String()
-	node.Spec.PodCIDR, node.Spec.PodCIDRs = cidr, []string{cidr}
-	return nil
+	return named, nil
 }
-
-func (d *draft) releaseNode(node *corev1.Node) {
-	if n, ok := nodeNumber(d.next.settings, node); ok {
-		d.next.nodes.release(d.edit, n)
-	}
-}
-
-func nodeNumber(b *command.Bootstrap, node *corev1.Node) (uint64, bool) {
-	p, err := netip.ParsePrefix(podCIDR(node))
-	if err != nil {
-		return 0, false
-	}
-	return nodeRangeNumber(b, p)
-}
-
-func podCIDR(node *corev1.Node) string {
-	if node == nil {
-		return ""
-	}
-	return node.Spec.PodCIDR
-}
-
-func holderOf(k api.Key) string { return strings.TrimPrefix(k.Namespace+"/"+k.Name, "/") }

@@ -119,7 +119,8 @@ func (d *draft) remove(at slot, old api.Object) {
 	d.reindex(at.key, old, nil)
 	switch o := old.(type) {
 	case *corev1.Service:
-		d.releaseService(o)
+		d.releaseAddresses(o)
+		d.releasePorts(portsOf(o))
 	case *corev1.Node:
 		d.releaseNode(o)
 	}

@@ -40,8 +40,8 @@ func (p pool) free(low, high, reserved uint64) (pool, uint64, bool) {
 
 // serviceBounds are the numbers of the service range that a Service may have: not
 // the first address and not the last.
-func serviceBounds(s *command.Bootstrap) (low, high uint64) {
-	return 1, hosts(s.ServiceCIDR) - 2
+func serviceBounds(cidr netip.Prefix) (low, high uint64) {
+	return 1, hosts(cidr) - 2
 }
 
 // hosts is how many addresses p has, at most maxPool.
@@ -75,19 +75,30 @@ func addressAt(p netip.Prefix, n uint64, shift int) netip.Addr {
 	return a
 }
 
-// nodeRange is the pod range with number n.
-func nodeRange(s *command.Bootstrap, n uint64) netip.Prefix {
-	return netip.PrefixFrom(addressAt(s.PodCIDR, n, s.PodCIDR.Addr().BitLen()-s.NodeMask), s.NodeMask)
+// nodeCIDRs are the pod ranges with number n, one of each family.
+func nodeCIDRs(s *command.Bootstrap, n uint64) (cidrs []string) {
+	for _, r := range s.Families() {
+		start := addressAt(r.PodCIDR, n, r.PodCIDR.Addr().BitLen()-r.NodeMask)
+		cidrs = append(cidrs, netip.PrefixFrom(start, r.NodeMask).String())
+	}
+	return cidrs
 }
 
-// nodeRanges is how many pod ranges there are.
-func nodeRanges(s *command.Bootstrap) uint64 { return 1 << (s.NodeMask - s.PodCIDR.Bits()) }
+// nodeRanges is how many pod ranges there are, of the family that has the fewest.
+func nodeRanges(s *command.Bootstrap) uint64 {
+	n := uint64(1) << (s.NodeMask - s.PodCIDR.Bits())
+	for _, r := range s.Families()[1:] {
+		n = min(n, 1<<(r.NodeMask-r.PodCIDR.Bits()))
+	}
+	return n
+}
 
-// nodeRangeNumber is the inverse of nodeRange.
+// nodeRangeNumber is the number of a pod range of the primary family.
 func nodeRangeNumber(s *command.Bootstrap, p netip.Prefix) (n uint64, ok bool) {
 	if p.Bits() != s.NodeMask || p != p.Masked() || !s.PodCIDR.Contains(p.Addr()) {
 		return 0, false
 	}
 	d := new(big.Int).Sub(new(big.Int).SetBytes(p.Addr().AsSlice()), new(big.Int).SetBytes(s.PodCIDR.Addr().AsSlice()))
-	return d.Rsh(d, uint(p.Addr().BitLen()-s.NodeMask)).Uint64(), true
+	n = d.Rsh(d, uint(p.Addr().BitLen()-s.NodeMask)).Uint64()
+	return n, n < nodeRanges(s)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/netip"
 	"reflect"
 	"strconv"
 	"testing"
@@ -100,9 +101,14 @@ func drawObject(t *rapid.T, name string) api.Object {
 	case 1:
 		return service(name, ip(rapid.SampledFrom([]string{"", "", "None", "10.97.0.3", "10.97.0.5", "10.97.0.2"}).Draw(t, "ip")), func(s *corev1.Service) {
 			s.Spec.SessionAffinity = corev1.ServiceAffinity(value)
-			if rapid.IntRange(0, 5).Draw(t, "external") == 0 {
+			switch rapid.IntRange(0, 8).Draw(t, "type") {
+			case 0:
 				s.Spec.Type = corev1.ServiceTypeExternalName
+			case 1, 2, 3:
+				s.Spec.Type = rapid.SampledFrom([]corev1.ServiceType{"NodePort", "LoadBalancer"}).Draw(t, "node ports")
 			}
+			drawPorts(t, s)
+			drawFamilies(t, s)
 		})
 	case 2:
 		n := node(name)
@@ -120,12 +126,47 @@ func drawObject(t *rapid.T, name string) api.Object {
 	return configMap(name, value)
 }
 
+func drawPorts(t *rapid.T, s *corev1.Service) {
+	for i := range rapid.IntRange(0, 3).Draw(t, "ports") {
+		s.Spec.Ports = append(s.Spec.Ports, corev1.ServicePort{
+			Name: "p" + strconv.Itoa(i), Port: rapid.Int32Range(80, 81).Draw(t, "port"), Protocol: rapid.SampledFrom([]corev1.Protocol{"", "TCP", "UDP"}).Draw(t, "protocol"),
+			NodePort: rapid.SampledFrom([]int32{0, 0, 0, 30000, 30003}).Draw(t, "number"),
+		})
+	}
+	if rapid.IntRange(0, 3).Draw(t, "local") == 0 {
+		s.Spec.ExternalTrafficPolicy = corev1.ServiceExternalTrafficPolicyLocal
+		s.Spec.HealthCheckNodePort = rapid.SampledFrom([]int32{0, 0, 30001}).Draw(t, "health")
+	}
+	if rapid.IntRange(0, 5).Draw(t, "allocate") == 0 {
+		s.Spec.AllocateLoadBalancerNodePorts = new(bool)
+	}
+}
+
+func drawFamilies(t *rapid.T, s *corev1.Service) {
+	if rapid.IntRange(0, 2).Draw(t, "policy") == 0 {
+		policy := rapid.SampledFrom([]corev1.IPFamilyPolicy{"SingleStack", "PreferDualStack", "RequireDualStack"}).Draw(t, "policy")
+		s.Spec.IPFamilyPolicy = &policy
+	}
+	if rapid.IntRange(0, 3).Draw(t, "families") == 0 {
+		s.Spec.IPFamilies = rapid.SampledFrom([][]corev1.IPFamily{{"IPv4"}, {"IPv6"}, {"IPv4", "IPv6"}, {"IPv6", "IPv4"}}).Draw(t, "named")
+	}
+}
+
+// twoFamilies is a cluster with few addresses of both families and few node ports.
+func twoFamilies() *command.Bootstrap {
+	b := bootstrap()
+	b.Second = command.Ranges{ServiceCIDR: netip.MustParsePrefix("fd00:97::/125"), PodCIDR: netip.MustParsePrefix("fd00:98::/61"), NodeMask: 64}
+	b.NodePorts = command.PortRange{First: 30000, Last: 30007}
+	return b
+}
+
 // TestReduceProperties runs random logs and checks, after every transaction, what
 // must hold whatever happens.
 func TestReduceProperties(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
-		s, _, _ := state.Reduce(state.New(), 1, command.Txn{Bootstrap: bootstrap()})
-		log := []command.Txn{{Bootstrap: bootstrap()}}
+		birth := rapid.SampledFrom([]func() *command.Bootstrap{bootstrap, twoFamilies}).Draw(t, "birth")
+		s, _, _ := state.Reduce(state.New(), 1, command.Txn{Bootstrap: birth()})
+		log := []command.Txn{{Bootstrap: birth()}}
 		steps := rapid.IntRange(1, 40).Draw(t, "steps")
 		half := s
 		var waiting []command.Txn // parts
@@ -227,11 +268,14 @@ func checkTables(t *rapid.T, s *state.State) {
 			if o.Spec.Type != corev1.ServiceTypeExternalName && o.Spec.ClusterIP == "" || o.Spec.ClusterIP == "10.97.0.2" {
 				t.Fatalf("%s has cluster IP %q", k, o.Spec.ClusterIP)
 			}
-			if o.Spec.ClusterIP != "" && o.Spec.ClusterIP != "None" {
-				once("address "+o.Spec.ClusterIP, k)
-			}
+			checkService(t, s, k, o, once)
 		case *corev1.Node:
-			once("range "+o.Spec.PodCIDR, k)
+			if len(o.Spec.PodCIDRs) != len(s.Settings().Families()) {
+				t.Fatalf("%s has %v", k, o.Spec.PodCIDRs)
+			}
+			for _, cidr := range o.Spec.PodCIDRs {
+				once("range "+cidr, k)
+			}
 		}
 		if ref := metav1.GetControllerOf(o); ref != nil {
 			found := false
@@ -246,6 +290,47 @@ func checkTables(t *rapid.T, s *state.State) {
 	for o := range api.List[*api.Source](s, "") {
 		if o.Status.Applied != "" && o.Status.AppliedAt == nil {
 			t.Fatalf("source %s has half a status", o.Name)
+		}
+	}
+}
+
+// checkService: what a service has is of the families and the range that it says, and
+// nobody else's.
+func checkService(t *rapid.T, s *state.State, k api.Key, o *corev1.Service, once func(string, api.Key)) {
+	if ip := o.Spec.ClusterIP; ip != "" && ip != "None" {
+		if len(o.Spec.ClusterIPs) != len(o.Spec.IPFamilies) || o.Spec.ClusterIPs[0] != ip {
+			t.Fatalf("%s has %s, %v, %v", k, ip, o.Spec.ClusterIPs, o.Spec.IPFamilies)
+		}
+		for i, ip := range o.Spec.ClusterIPs {
+			once("address "+ip, k)
+			if netip.MustParseAddr(ip).Is4() != (o.Spec.IPFamilies[i] == corev1.IPv4Protocol) {
+				t.Fatalf("%s has %v, %v", k, o.Spec.ClusterIPs, o.Spec.IPFamilies)
+			}
+		}
+	}
+	if o.Spec.Type != corev1.ServiceTypeNodePort && o.Spec.Type != corev1.ServiceTypeLoadBalancer {
+		return
+	}
+	numbers := map[int32]bool{}
+	for _, p := range o.Spec.Ports {
+		numbers[p.NodePort] = true
+		if p.NodePort == 0 && (o.Spec.Type == corev1.ServiceTypeNodePort || o.Spec.AllocateLoadBalancerNodePorts == nil) {
+			t.Fatalf("%s has no node port for %s", k, p.Name)
+		}
+	}
+	if health := o.Spec.HealthCheckNodePort; health != 0 && numbers[health] {
+		t.Fatalf("%s has %d twice", k, health)
+	} else if (health != 0) != (o.Spec.Type == corev1.ServiceTypeLoadBalancer && o.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal) {
+		t.Fatalf("%s has the health check port %d", k, health)
+	} else if health != 0 {
+		numbers[health] = true
+	}
+	delete(numbers, 0)
+	r := s.Settings().NodePortRange()
+	for n := range numbers {
+		once("port "+strconv.Itoa(int(n)), k)
+		if n < int32(r.First) || n > int32(r.Last) {
+			t.Fatalf("%s has %d outside %s", k, n, r)
 		}
 	}
 }

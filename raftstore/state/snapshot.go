@@ -56,8 +56,11 @@ func (s *State) WriteTo(w io.Writer) (int64, error) {
 	header := binary.AppendUvarint(nil, s.index)
 	header = binary.AppendUvarint(header, s.revision)
 	header = binary.AppendVarint(header, s.time)
-	for _, n := range []uint64{s.services.next, s.nodes.next, s.history.next, uint64(s.history.size)} {
+	for _, n := range []uint64{s.services[0].next, s.nodes.next, s.history.next, uint64(s.history.size)} {
 		header = binary.AppendUvarint(header, n)
+	}
+	if s.format() >= 3 {
+		header = binary.AppendUvarint(header, s.services[1].next)
 	}
 	e.frame(frameHeader, header)
 	if s.settings != nil {
@@ -82,6 +85,9 @@ func (s *State) format() int {
 	}
 	if s.settings != nil && s.settings.Restored != nil {
 		format = max(format, 2)
+	}
+	if s.settings != nil && command.FormatOf(&command.Txn{Bootstrap: s.settings}) == 3 || s.ports.used.Len() > 0 {
+		format = max(format, 3)
 	}
 	for r, kind := range kinds {
 		if s.tables[kind.index].Len() > 0 {
@@ -282,8 +288,8 @@ func (d *snapshotReader) take(kind byte, payload []byte) error {
 		if err := CheckBootstrap(b); err != nil {
 			return corrupt("%w", err)
 		}
-		if b.Restored != nil && d.version < 2 {
-			return corrupt("a restored cluster in version %d", d.version)
+		if need := command.FormatOf(&command.Txn{Bootstrap: b}); need > d.version {
+			return corrupt("settings of version %d in version %d", need, d.version)
 		}
 		d.draft.next.settings = b
 	case frameSource:
@@ -328,7 +334,11 @@ func (d *snapshotReader) header(payload []byte) error {
 		return corrupt("header")
 	}
 	var count uint64
-	for _, p := range []*uint64{&next.services.next, &next.nodes.next, &d.keys, &count} {
+	numbers := []*uint64{&next.services[0].next, &next.nodes.next, &d.keys, &count}
+	if d.version >= 3 {
+		numbers = append(numbers, &next.services[1].next)
+	}
+	for _, p := range numbers {
 		if *p, err = binary.ReadUvarint(r); err != nil {
 			return corrupt("header")
 		}
@@ -359,15 +369,29 @@ func (d *snapshotReader) object(payload []byte) error {
 	d.draft.reindex(key, nil, o)
 	switch o := o.(type) {
 	case *corev1.Service:
-		if n, ok := serviceNumber(b, o); ok {
-			d.draft.next.services.take(d.draft.edit, n, holderOf(key))
+		if d.version < 3 && len(portsOf(o)) > 0 {
+			return corrupt("node ports of %s in version %d", key, d.version)
 		}
+		d.hold(key, o)
 	case *corev1.Node:
 		if n, ok := nodeNumber(b, o); ok {
 			d.draft.next.nodes.take(d.draft.edit, n, holderOf(key))
 		}
 	}
 	return nil
+}
+
+// hold marks what a stored service holds as taken.
+func (d *snapshotReader) hold(key api.Key, svc *corev1.Service) {
+	next, edit := &d.draft.next, d.draft.edit
+	for f, ip := range d.draft.heldAddresses(svc) {
+		if n, ok := addressNumber(next.settings, f, ip); ok {
+			next.services[f].take(edit, n, holderOf(key))
+		}
+	}
+	for _, n := range portsOf(svc) {
+		next.ports.take(edit, uint64(n), holderOf(key))
+	}
 }
 
 // end checks the sum and makes a state of what was read.

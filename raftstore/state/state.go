@@ -34,8 +34,9 @@ type State struct {
 	tables []table // by kindInfo.index
 	owned  table   // by uid of the controller, then key
 
-	services pool // offset in the service range -> service
-	nodes    pool // number of the node's pod range -> node
+	services [maxFamilies]pool // of each family: offset in the service range -> service
+	nodes    pool              // number of the node's pod ranges -> node
+	ports    pool              // node port -> service
 
 	sources tree[string, source] // by name of the Source
 	history history

@@ -65,7 +65,7 @@ type run struct {
 	keyed []*controller
 
 	// Each holds a signal when there is something to do for the loop of that name.
-	scheduler, nodes, garbage wake
+	scheduler, nodes, garbage, balancers wake
 }
 
 // wake holds at most one signal.
@@ -83,7 +83,7 @@ func (w wake) signal() {
 // Run works until ctx ends, waits for what it started, and returns the cause. It may
 // be called again after that.
 func (c *Controllers) Run(ctx context.Context) error {
-	r := &run{Controllers: c, keyed: controllers(), scheduler: newWake(), nodes: newWake(), garbage: newWake()}
+	r := &run{Controllers: c, keyed: controllers(), scheduler: newWake(), nodes: newWake(), garbage: newWake(), balancers: newWake()}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var parts sync.WaitGroup
@@ -99,6 +99,7 @@ func (c *Controllers) Run(ctx context.Context) error {
 	}
 	start(r.loop("scheduler", r.scheduler, time.Minute, r.schedule).Run)
 	start(r.loop("garbage", r.garbage, time.Minute, r.collect).Run)
+	start(r.loop("balancers", r.balancers, time.Minute, r.balance).Run)
 	nodes := r.loop("nodes", r.nodes, 5*time.Second, nil) // contacts come without an event
 	nodes.Once = func(ctx context.Context) error { return r.judge(ctx, nodes.WakeAfter) }
 	start(nodes.Run)
@@ -149,6 +150,7 @@ func (r *run) everything(view api.Reader) {
 	r.scheduler.signal()
 	r.nodes.signal()
 	r.garbage.signal()
+	r.balancers.signal()
 }
 
 // route wakes whom a change concerns. Before and after both count: a pod may have
@@ -159,6 +161,9 @@ func (r *run) route(view api.Reader, ch Change) {
 	}
 	if leavesGarbage(view, ch) {
 		r.garbage.signal()
+	}
+	if concernsBalancers(ch.Old) || concernsBalancers(ch.New) {
+		r.balancers.signal()
 	}
 	for _, o := range []api.Object{ch.Old, ch.New} {
 		if o == nil {
@@ -192,6 +197,17 @@ func freesOrWants(ch Change) bool {
 		return !schedule.IsPending(before) || before.Generation != after.Generation
 	}
 	return after.Spec.NodeName != "" && api.PodFinished(after) && !api.PodFinished(before)
+}
+
+// concernsBalancers says whether addresses of load balancers depend on o.
+func concernsBalancers(o api.Object) bool {
+	switch o := o.(type) {
+	case *corev1.Service:
+		return o.Spec.Type == corev1.ServiceTypeLoadBalancer
+	case *api.AddressPool, *corev1.Namespace:
+		return true
+	}
+	return false
 }
 
 // leavesGarbage says whether a change makes something superfluous: the object itself,

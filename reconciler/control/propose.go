@@ -76,6 +76,11 @@ func (r *run) collect(ctx context.Context) error {
 	return r.settle(ctx, "garbage", func(view api.Reader) []api.Mutation { return workload.Garbage(time.Now(), view) })
 }
 
+// balance gives load balancers their addresses.
+func (r *run) balance(ctx context.Context) error {
+	return r.settle(ctx, "balancers", func(view api.Reader) []api.Mutation { return workload.Balancers(time.Now(), view) })
+}
+
 // proposals is how many bindings are on their way at once.
 const proposals = 256
 

@@ -34,34 +34,52 @@ func keepAssigned(desired, current api.Object) {
 	}
 }
 
+// keepServiceAddresses takes over what d leaves open. Families that the cluster chose
+// by itself go on; a choice of the user that is gone from Git is gone, so that the state
+// machine decides anew.
 func keepServiceAddresses(d, c *corev1.ServiceSpec) {
 	if d.Type == corev1.ServiceTypeExternalName || c.Type == corev1.ServiceTypeExternalName {
+		return
+	}
+	keepFamilies(d, c)
+	if d.HealthCheckNodePort == 0 && d.Type == c.Type && d.ExternalTrafficPolicy == c.ExternalTrafficPolicy {
+		d.HealthCheckNodePort = c.HealthCheckNodePort
+	}
+	if d.Type == corev1.ServiceTypeClusterIP || d.AllocateLoadBalancerNodePorts != nil && !*d.AllocateLoadBalancerNodePorts {
+		return
+	}
+	for i := range d.Ports {
+		for _, old := range c.Ports {
+			if p := &d.Ports[i]; p.NodePort == 0 && p.Port == old.Port && p.Protocol == old.Protocol && !names(d.Ports, old) {
+				p.NodePort = old.NodePort
+			}
+		}
+	}
+}
+
+// names reports whether one of ports names the node port of p.
+func names(ports []corev1.ServicePort, p corev1.ServicePort) bool {
+	return slices.ContainsFunc(ports, func(o corev1.ServicePort) bool { return o.NodePort == p.NodePort && o.Protocol == p.Protocol })
+}
+
+// keepFamilies takes over the families and addresses of c. The primary family of a
+// service cannot change, as little as its address.
+func keepFamilies(d, c *corev1.ServiceSpec) {
+	if d.IPFamilyPolicy == nil && (len(c.IPFamilies) < 2 || len(d.IPFamilies) > 1 || len(d.ClusterIPs) > 1) {
+		d.IPFamilyPolicy = c.IPFamilyPolicy
+	}
+	same := d.IPFamilyPolicy == c.IPFamilyPolicy || d.IPFamilyPolicy != nil && c.IPFamilyPolicy != nil && *d.IPFamilyPolicy == *c.IPFamilyPolicy
+	if len(d.IPFamilies) == 0 && (same || len(c.IPFamilies) == 1) {
+		d.IPFamilies = slices.Clone(c.IPFamilies)
+	}
+	if len(d.IPFamilies) > 0 && len(c.IPFamilies) > 0 && d.IPFamilies[0] != c.IPFamilies[0] {
 		return
 	}
 	if d.ClusterIP == "" && c.ClusterIP != corev1.ClusterIPNone {
 		d.ClusterIP = c.ClusterIP
 	}
-	if d.ClusterIP == c.ClusterIP && len(d.ClusterIPs) == 0 {
+	if d.ClusterIP == c.ClusterIP && len(d.ClusterIPs) == 0 && same {
 		d.ClusterIPs = slices.Clone(c.ClusterIPs)
-	}
-	if len(d.IPFamilies) == 0 {
-		d.IPFamilies = slices.Clone(c.IPFamilies)
-	}
-	if d.IPFamilyPolicy == nil {
-		d.IPFamilyPolicy = c.IPFamilyPolicy
-	}
-	if d.HealthCheckNodePort == 0 && d.ExternalTrafficPolicy == c.ExternalTrafficPolicy {
-		d.HealthCheckNodePort = c.HealthCheckNodePort
-	}
-	if d.Type == corev1.ServiceTypeClusterIP {
-		return
-	}
-	for i := range d.Ports {
-		for _, old := range c.Ports {
-			if d.Ports[i].NodePort == 0 && d.Ports[i].Port == old.Port && d.Ports[i].Protocol == old.Protocol {
-				d.Ports[i].NodePort = old.NodePort
-			}
-		}
 	}
 }
 

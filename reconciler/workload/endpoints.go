@@ -121,7 +121,7 @@ func gather(r api.Reader, svc *corev1.Service) []*group {
 			continue
 		}
 		ports := portsOf(svc, pod)
-		for _, family := range families(svc) {
+		for _, family := range families(svc, pod) {
 			ip := addressOf(pod, family)
 			if ip == "" {
 				continue
@@ -141,17 +141,21 @@ func gather(r api.Reader, svc *corev1.Service) []*group {
 	return slices.SortedFunc(maps.Values(byKey), func(a, b *group) int { return cmp.Compare(a.key, b.key) })
 }
 
-// families are the address types of svc; the state machine fills ipFamilies, until
-// then IPv4 counts.
-func families(svc *corev1.Service) []discoveryv1.AddressType {
+// families are the address types of svc. The state machine fills ipFamilies, but not of
+// a headless service that leaves the choice open: that one is of the primary family of
+// its pods.
+func families(svc *corev1.Service, pod *corev1.Pod) []discoveryv1.AddressType {
 	var out []discoveryv1.AddressType
 	for _, f := range svc.Spec.IPFamilies {
 		out = append(out, discoveryv1.AddressType(f))
 	}
-	if len(out) == 0 {
-		out = append(out, discoveryv1.AddressTypeIPv4)
+	if len(out) > 0 {
+		return out
 	}
-	return out
+	if ip, err := netip.ParseAddr(pod.Status.PodIP); err == nil && ip.Is6() {
+		return []discoveryv1.AddressType{discoveryv1.AddressTypeIPv6}
+	}
+	return []discoveryv1.AddressType{discoveryv1.AddressTypeIPv4}
 }
 
 func addressOf(pod *corev1.Pod, family discoveryv1.AddressType) string {

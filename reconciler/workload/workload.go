@@ -1,7 +1,7 @@
 // Package workload holds the controllers: pure functions that look at one object
 // and what belongs to it and return the next mutations as data. It knows
-// Deployments, ReplicaSets, the EndpointSlices of Services, the health of Nodes,
-// and what is garbage.
+// Deployments, ReplicaSets, the EndpointSlices of Services, the addresses of load
+// balancers, the health of Nodes, and what is garbage.
 //
 // Every function takes the time as an argument, reads one consistent view, and
 // returns nothing when there is nothing to do, so that it may be called as often as

@@ -125,6 +125,10 @@ func mergeStatus(main, status api.Object) api.Object {
 		o.Status = status.(*corev1.Pod).Status
 	case *corev1.Node:
 		o.Status = status.(*corev1.Node).Status
+	case *corev1.Service:
+		o.Status = status.(*corev1.Service).Status
+	case *api.AddressPool:
+		o.Status = status.(*api.AddressPool).Status
 	}
 	return o
 }

@@ -127,6 +127,12 @@ var (
 		ageColumn,
 		wide("Fetched", func(o *Source) string { return none(short(o.Status.Fetched)) }),
 	}
+	poolColumns = []Column{
+		text("Addresses", func(o *AddressPool) string { return strings.Join(o.Spec.Addresses, ",") }),
+		text("Auto", func(o *AddressPool) string { return strconv.FormatBool(o.Spec.AutoAssign == nil || *o.Spec.AutoAssign) }),
+		number("Assigned", func(o *AddressPool) int64 { return o.Status.Assigned }),
+		ageColumn,
+	}
 	revisionColumns = []Column{
 		text("Source", func(o *Revision) string { return o.Spec.Source }),
 		text("Commit", func(o *Revision) string { return short(o.Spec.Commit) }),

@@ -28,6 +28,17 @@ func (r *Revision) DeepCopyObject() runtime.Object {
 }
 
 // DeepCopyObject implements runtime.Object.
+func (p *AddressPool) DeepCopyObject() runtime.Object {
+	c := *p
+	p.ObjectMeta.DeepCopyInto(&c.ObjectMeta)
+	c.Spec.Addresses = append(p.Spec.Addresses[:0:0], p.Spec.Addresses...)
+	c.Spec.AutoAssign = clonePtr(p.Spec.AutoAssign)
+	c.Spec.ServiceSelector = p.Spec.ServiceSelector.DeepCopy()
+	c.Spec.NamespaceSelector = p.Spec.NamespaceSelector.DeepCopy()
+	return &c
+}
+
+// DeepCopyObject implements runtime.Object.
 func (s *Server) DeepCopyObject() runtime.Object {
 	c := *s
 	s.ObjectMeta.DeepCopyInto(&c.ObjectMeta)

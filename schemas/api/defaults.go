@@ -16,12 +16,13 @@ import (
 // and the fields of a Source, whose zero values mean their documented default
 // wherever they are used.
 var defaults = map[Resource]func(Object){
-	Namespaces:  as(defaultNamespace),
-	Pods:        as(func(p *corev1.Pod) { defaultPodSpec(&p.Spec) }),
-	Services:    as(defaultService),
-	Secrets:     as(defaultSecret),
-	Deployments: as(defaultDeployment),
-	ReplicaSets: as(defaultReplicaSet),
+	Namespaces:      as(defaultNamespace),
+	Pods:            as(func(p *corev1.Pod) { defaultPodSpec(&p.Spec) }),
+	Services:        as(defaultService),
+	Secrets:         as(defaultSecret),
+	Deployments:     as(defaultDeployment),
+	ReplicaSets:     as(defaultReplicaSet),
+	NetworkPolicies: as(defaultNetworkPolicy),
 }
 
 // as makes a function of one kind usable as [Kind.Default].

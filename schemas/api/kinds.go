@@ -9,27 +9,30 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 )
 
 // The resources of the registry.
 const (
-	Namespaces     Resource = "namespaces"
-	Nodes          Resource = "nodes"
-	Pods           Resource = "pods"
-	Services       Resource = "services"
-	ConfigMaps     Resource = "configmaps"
-	Secrets        Resource = "secrets"
-	Events         Resource = "events"
-	Deployments    Resource = "deployments.apps"
-	ReplicaSets    Resource = "replicasets.apps"
-	EndpointSlices Resource = "endpointslices.discovery.k8s.io"
-	Sources        Resource = "sources.decree.dev"
-	Revisions      Resource = "revisions.decree.dev"
-	Servers        Resource = "servers.decree.dev"
-	Authorities    Resource = "authorities.decree.dev" // internal
-	JoinTokens     Resource = "jointokens.decree.dev"  // internal
-	Machines       Resource = "machines.decree.dev"    // internal
+	Namespaces      Resource = "namespaces"
+	Nodes           Resource = "nodes"
+	Pods            Resource = "pods"
+	Services        Resource = "services"
+	ConfigMaps      Resource = "configmaps"
+	Secrets         Resource = "secrets"
+	Events          Resource = "events"
+	Deployments     Resource = "deployments.apps"
+	ReplicaSets     Resource = "replicasets.apps"
+	EndpointSlices  Resource = "endpointslices.discovery.k8s.io"
+	NetworkPolicies Resource = "networkpolicies.networking.k8s.io"
+	Sources         Resource = "sources.decree.dev"
+	Revisions       Resource = "revisions.decree.dev"
+	AddressPools    Resource = "addresspools.decree.dev"
+	Servers         Resource = "servers.decree.dev"
+	Authorities     Resource = "authorities.decree.dev" // internal
+	JoinTokens      Resource = "jointokens.decree.dev"  // internal
+	Machines        Resource = "machines.decree.dev"    // internal
 )
 
 // Kind is everything Decree needs to know about a kind to serve it.
@@ -84,11 +87,13 @@ var kinds = []*Kind{
 	{GroupVersionKind: appsv1.SchemeGroupVersion.WithKind("Deployment"), Plural: "deployments", ShortNames: []string{"deploy"}, Namespaced: true, CUE: "k8s.io/api/apps/v1#Deployment", New: fresh[appsv1.Deployment], Columns: deploymentColumns},
 	{GroupVersionKind: appsv1.SchemeGroupVersion.WithKind("ReplicaSet"), Plural: "replicasets", ShortNames: []string{"rs"}, Namespaced: true, CUE: "k8s.io/api/apps/v1#ReplicaSet", New: fresh[appsv1.ReplicaSet], Columns: replicaSetColumns},
 	{GroupVersionKind: discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), Plural: "endpointslices", Namespaced: true, New: fresh[discoveryv1.EndpointSlice], Columns: endpointSliceColumns},
+	{GroupVersionKind: networkingv1.SchemeGroupVersion.WithKind("NetworkPolicy"), Plural: "networkpolicies", ShortNames: []string{"netpol"}, Namespaced: true, CUE: "k8s.io/api/networking/v1#NetworkPolicy", New: fresh[networkingv1.NetworkPolicy], Columns: networkPolicyColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Source"), Plural: "sources", ShortNames: []string{"src"}, CUE: "decree.dev/v1#Source", New: fresh[Source], Columns: sourceColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Revision"), Plural: "revisions", ShortNames: []string{"rev"}, New: fresh[Revision], Columns: revisionColumns, Fields: revisionFields},
 	{GroupVersionKind: GroupVersion.WithKind("Server"), Plural: "servers", New: fresh[Server], Columns: serverColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Authority"), Plural: "authorities", Internal: true, New: fresh[Authority]},
 	{GroupVersionKind: GroupVersion.WithKind("JoinToken"), Plural: "jointokens", Internal: true, New: fresh[JoinToken]},
+	{GroupVersionKind: GroupVersion.WithKind("AddressPool"), Plural: "addresspools", ShortNames: []string{"pool"}, CUE: "decree.dev/v1#AddressPool", New: fresh[AddressPool], Columns: poolColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Machine"), Plural: "machines", Internal: true, New: fresh[Machine]},
 }
 

@@ -10,6 +10,7 @@ var packages = []struct{ goPath, cuePath string }{
 	{"k8s.io/apimachinery/pkg/apis/meta/v1", "k8s.io/apimachinery/pkg/apis/meta/v1"},
 	{"k8s.io/api/core/v1", "k8s.io/api/core/v1"},
 	{"k8s.io/api/apps/v1", "k8s.io/api/apps/v1"},
+	{"k8s.io/api/networking/v1", "k8s.io/api/networking/v1"},
 	{"decree.dev/decree/schemas/api", "decree.dev/v1"},
 }
 
@@ -20,6 +21,7 @@ var shortNames = map[string]string{
 	"metav1":   "k8s.io/apimachinery/pkg/apis/meta/v1",
 	"corev1":   "k8s.io/api/core/v1",
 	"appsv1":   "k8s.io/api/apps/v1",
+	"netv1":    "k8s.io/api/networking/v1",
 	"decreev1": "decree.dev/v1",
 }
 
@@ -33,7 +35,9 @@ var roots = []root{
 	{"corev1.Secret", "v1"},
 	{"appsv1.Deployment", "apps/v1"},
 	{"appsv1.ReplicaSet", "apps/v1"},
+	{"netv1.NetworkPolicy", "networking.k8s.io/v1"},
 	{"decreev1.Source", "decree.dev/v1"},
+	{"decreev1.AddressPool", "decree.dev/v1"},
 }
 
 type root struct{ name, apiVersion string }
@@ -70,11 +74,15 @@ corev1.SecretVolumeSource         secretName items defaultMode optional
 corev1.KeyToPath                  key path mode
 corev1.SeccompProfile             type
 corev1.Toleration                 key operator value effect
-corev1.ServiceSpec                ports selector clusterIP type sessionAffinity sessionAffinityConfig publishNotReadyAddresses
-corev1.ServicePort                name protocol port targetPort
+corev1.ServiceSpec                ports selector clusterIP clusterIPs type sessionAffinity sessionAffinityConfig publishNotReadyAddresses
+                                  externalName externalIPs externalTrafficPolicy internalTrafficPolicy healthCheckNodePort
+                                  loadBalancerIP loadBalancerSourceRanges allocateLoadBalancerNodePorts trafficDistribution
+                                  ipFamilies ipFamilyPolicy
 appsv1.Deployment                 metadata spec
 appsv1.ReplicaSet                 metadata spec
+netv1.NetworkPolicy               metadata spec
 decreev1.Source                   metadata spec
+decreev1.AddressPool              metadata spec
 metav1.ObjectMeta                 name namespace labels annotations
 `)
 
@@ -86,6 +94,7 @@ corev1.Service                    status
 appsv1.Deployment                 status
 appsv1.ReplicaSet                 status
 decreev1.Source                   status
+decreev1.AddressPool              status
 metav1.ObjectMeta                 generateName selfLink uid resourceVersion generation creationTimestamp deletionTimestamp
                                   deletionGracePeriodSeconds ownerReferences finalizers managedFields
 `)
@@ -93,9 +102,8 @@ metav1.ObjectMeta                 generateName selfLink uid resourceVersion gene
 // implementedEnums are the values that Decree acts on, for enumerations of which
 // it does not implement all.
 var implementedEnums = fieldTable(`
-corev1.Protocol                   TCP UDP
+corev1.Protocol                   TCP UDP SCTP
 corev1.DNSPolicy                  ClusterFirst Default None
-corev1.ServiceType                ClusterIP
 corev1.SeccompProfileType         RuntimeDefault Unconfined
 corev1.StorageMedium              Memory
 corev1.TolerationOperator         Exists Equal

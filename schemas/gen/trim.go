@@ -297,7 +297,7 @@ func enumValues(raw *rawPackage, typ string) []string {
 		case *ast.Ident:
 			if c, ok := raw.defs[x.Name[1:]].value.(*ast.BinaryExpr); ok {
 				if lit, ok := c.Y.(*ast.BasicLit); ok && lit.Kind == token.STRING {
-					if s, err := strconv.Unquote(lit.Value); err == nil && s != "" {
+					if s, err := strconv.Unquote(lit.Value); err == nil && s != "" && !slices.Contains(values, s) {
 						values = append(values, s)
 					}
 				}

@@ -4,7 +4,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 	"strings"
 
@@ -99,41 +98,6 @@ func (j *judge) expression(at string, e metav1.LabelSelectorRequirement, labels 
 	}
 	if !fits {
 		j.add(Problem{Field: at, Message: "the selector does not match the labels of the template", Found: fmt.Sprintf("%s: %q", e.Key, value)})
-	}
-}
-
-func (j *judge) service(s *corev1.ServiceSpec) {
-	headless := s.ClusterIP == corev1.ClusterIPNone
-	if s.ClusterIP != "" && !headless {
-		if a, err := netip.ParseAddr(s.ClusterIP); err != nil || !a.Is4() {
-			j.add(Problem{Field: "spec.clusterIP", Message: "the value is not allowed", Expected: "an IPv4 address", Found: fmt.Sprintf("%q", s.ClusterIP)})
-		}
-	}
-	if len(s.Selector) == 0 {
-		j.add(Problem{Field: "spec.selector", Message: "a service without selector is not implemented by Decree", Expected: "at least one label"})
-	}
-	if len(s.Ports) == 0 && !headless {
-		j.add(Problem{Field: "spec.ports", Message: "a service with an address needs a port", Expected: "at least one port"})
-	}
-	var names, numbers []string
-	for i, p := range s.Ports {
-		protocol := p.Protocol
-		if protocol == "" {
-			protocol = corev1.ProtocolTCP
-		}
-		names = append(names, p.Name)
-		numbers = append(numbers, fmt.Sprintf("%d/%s", p.Port, protocol))
-		if p.Name == "" && len(s.Ports) > 1 {
-			j.add(Problem{Field: item("spec.ports", i, ".name"), Message: "with more than one port, each has a name"})
-		}
-	}
-	j.unique("two ports of the service have the same name", func(i int) string { return item("spec.ports", i, ".name") }, names)
-	j.unique("the service has this port twice", func(i int) string { return item("spec.ports", i, ".port") }, numbers)
-	if s.SessionAffinityConfig != nil && s.SessionAffinity != corev1.ServiceAffinityClientIP {
-		j.add(Problem{Field: "spec.sessionAffinityConfig", Message: "there is no session affinity to configure", Expected: `sessionAffinity: "ClientIP"`})
-	}
-	if headless && s.SessionAffinity == corev1.ServiceAffinityClientIP {
-		j.add(Problem{Field: "spec.sessionAffinity", Message: "a headless service has no address that could keep to one pod", Expected: `"None"`, Found: `"ClientIP"`})
 	}
 }
 

@@ -14,6 +14,7 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 
 	"decree.dev/decree/schemas/api"
 )
@@ -48,8 +49,12 @@ func Check(o api.Object) []Problem {
 		j.configMap(o)
 	case *corev1.Secret:
 		j.secret(o)
+	case *networkingv1.NetworkPolicy:
+		j.networkPolicy(&o.Spec)
 	case *api.Source:
 		j.source(&o.Spec)
+	case *api.AddressPool:
+		j.pool(&o.Spec)
 	}
 	return j.problems
 }

@@ -13,7 +13,6 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/labels"
 
 	"decree.dev/decree/schemas/api"
 )
@@ -54,34 +53,6 @@ func wanted(n *int32) int32 {
 		return 1
 	}
 	return *n
-}
-
-func (w *sheet) service(s *corev1.Service, parts []*discoveryv1.EndpointSlice) {
-	w.line("Type:", string(s.Spec.Type))
-	w.line("Selector:", orNone(labels.FormatLabels(s.Spec.Selector)))
-	w.line("IP:", orNone(strings.Join(s.Spec.ClusterIPs, ", ")))
-	w.optional("External Name:", s.Spec.ExternalName)
-	w.optional("External IPs:", strings.Join(s.Spec.ExternalIPs, ", "))
-	for _, p := range s.Spec.Ports {
-		text := fmt.Sprintf("%d/%s to %s", p.Port, p.Protocol, p.TargetPort.String())
-		if p.NodePort > 0 {
-			text += fmt.Sprintf(", node port %d", p.NodePort)
-		}
-		w.line("Port:", strings.TrimSpace(p.Name+" "+text))
-	}
-	var ready, other []string
-	for _, slice := range parts {
-		for _, e := range slice.Endpoints {
-			if e.Conditions.Ready == nil || *e.Conditions.Ready {
-				ready = append(ready, endpointAddresses(slice, e))
-			} else {
-				other = append(other, endpointAddresses(slice, e))
-			}
-		}
-	}
-	w.line("Endpoints:", orNone(strings.Join(ready, ", ")))
-	w.optional("Not Ready:", strings.Join(other, ", "))
-	w.line("Session Affinity:", string(s.Spec.SessionAffinity))
 }
 
 // endpointAddresses is "10.98.0.2:8080".

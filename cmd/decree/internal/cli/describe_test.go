@@ -12,6 +12,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
@@ -106,18 +107,33 @@ func objects() []api.Object {
 	}}}
 	api.Origin{Source: "shop", Commit: "3f2a1c9000", Pos: api.Position{File: "web.cue", Line: 7}}.Set(deployment)
 	return []api.Object{
-		pod(), deployment,
+		pod(), deployment, networkPolicy(),
 		&appsv1.ReplicaSet{ObjectMeta: about("shop", "web-1"), Spec: appsv1.ReplicaSetSpec{Selector: selector, Template: template}},
 		&corev1.Service{ObjectMeta: about("shop", "web"), Spec: corev1.ServiceSpec{
 			Type: "NodePort", Selector: selector.MatchLabels, ClusterIPs: []string{"10.97.0.7"}, SessionAffinity: "ClientIP",
 			Ports: []corev1.ServicePort{{Name: "http", Port: 80, Protocol: "TCP", TargetPort: intstr.FromString("http"), NodePort: 30080}},
 		}},
+		balancer(),
+		&api.AddressPool{ObjectMeta: about("", "lan"), Spec: api.AddressPoolSpec{Addresses: []string{"203.0.113.8/29", "2001:db8::1-2001:db8::9"}, ServiceSelector: selector, NamespaceSelector: &metav1.LabelSelector{}}, Status: api.AddressPoolStatus{Assigned: 2}},
 		slice(), node(),
 		&corev1.Namespace{ObjectMeta: about("", "shop")},
 		&corev1.ConfigMap{ObjectMeta: about("shop", "settings"), Data: map[string]string{"colour": "blue", "lines": "one\n\ttwo\n"}, BinaryData: map[string][]byte{"logo": {1}}},
 		&corev1.Secret{ObjectMeta: about("shop", "login"), Type: "Opaque", Data: map[string][]byte{"password": []byte("hunter2")}},
 		event(), source(), revision(), server(),
 	}
+}
+
+func balancer() *corev1.Service {
+	return &corev1.Service{ObjectMeta: about("shop", "front"), Spec: corev1.ServiceSpec{
+		Type: "LoadBalancer", Selector: map[string]string{"app": "web"}, ClusterIPs: []string{"10.97.0.8", "fd97::8"}, SessionAffinity: "None",
+		IPFamilies: []corev1.IPFamily{"IPv4", "IPv6"}, IPFamilyPolicy: new(corev1.IPFamilyPolicyPreferDualStack),
+		ExternalTrafficPolicy: "Local", InternalTrafficPolicy: new(corev1.ServiceInternalTrafficPolicyLocal), TrafficDistribution: new("PreferSameZone"),
+		HealthCheckNodePort: 30999, LoadBalancerSourceRanges: []string{"198.51.100.0/24"},
+		Ports: []corev1.ServicePort{{Port: 80, Protocol: "TCP", TargetPort: intstr.FromInt32(8080), NodePort: 30081}},
+	}, Status: corev1.ServiceStatus{
+		LoadBalancer: corev1.LoadBalancerStatus{Ingress: []corev1.LoadBalancerIngress{{IP: "203.0.113.8"}}},
+		Conditions:   []metav1.Condition{{Type: "AddressAssigned", Status: "False", LastTransitionTime: begun, Reason: "NoAddressPool", Message: "no AddressPool has IPv6 addresses for this service"}},
+	}}
 }
 
 func pod() *corev1.Pod {
@@ -157,6 +173,18 @@ func node() *corev1.Node {
 		Addresses: []corev1.NodeAddress{{Type: "InternalIP", Address: "192.0.2.1"}}, Capacity: corev1.ResourceList{"cpu": resource.MustParse("2")},
 		NodeInfo:   corev1.NodeSystemInfo{OSImage: "Debian", KernelVersion: "6.1", Architecture: "amd64", KubeletVersion: "v1", ContainerRuntimeVersion: "containerd://1.6"},
 		Conditions: []corev1.NodeCondition{{Type: "Ready", Status: "True", LastTransitionTime: begun, Reason: "AgentReady", Message: "the agent runs"}},
+	}}
+}
+
+func networkPolicy() *networkingv1.NetworkPolicy {
+	port, end, udp := intstr.FromInt32(8000), int32(8100), corev1.ProtocolUDP
+	web := &metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}
+	return &networkingv1.NetworkPolicy{ObjectMeta: about("shop", "web"), Spec: networkingv1.NetworkPolicySpec{
+		PodSelector: *web, PolicyTypes: []networkingv1.PolicyType{"Ingress", "Egress"},
+		Ingress: []networkingv1.NetworkPolicyIngressRule{{
+			From:  []networkingv1.NetworkPolicyPeer{{PodSelector: web}, {NamespaceSelector: web}, {IPBlock: &networkingv1.IPBlock{CIDR: "10.0.0.0/8", Except: []string{"10.1.0.0/16"}}}},
+			Ports: []networkingv1.NetworkPolicyPort{{Port: &port, EndPort: &end}, {Protocol: &udp}},
+		}, {}},
 	}}
 }
 

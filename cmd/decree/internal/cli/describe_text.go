@@ -11,6 +11,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/schemas/api"
@@ -57,9 +58,11 @@ func (w *sheet) object(o api.Object, r relations, now time.Time) {
 	case *appsv1.ReplicaSet:
 		w.replicaSet(o)
 	case *corev1.Service:
-		w.service(o, r.slices)
+		w.service(o, r.slices, now)
 	case *discoveryv1.EndpointSlice:
 		w.endpointSlice(o)
+	case *networkingv1.NetworkPolicy:
+		w.networkPolicy(o)
 	case *corev1.Node:
 		w.node(o, r.pods, now)
 	case *corev1.Namespace:
@@ -74,6 +77,8 @@ func (w *sheet) object(o api.Object, r relations, now time.Time) {
 		w.source(o, r.revisions, now)
 	case *api.Revision:
 		w.revision(o, now)
+	case *api.AddressPool:
+		w.pool(o)
 	case *api.Server:
 		w.server(o, now)
 	}

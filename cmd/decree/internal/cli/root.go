@@ -109,7 +109,7 @@ Nothing else changes what should run.`,
 		{"cluster", "Cluster:", []*cobra.Command{upCmd(e), downCmd(e), serverCmd(e), agentCmd(e), statusCmd(e), doctorCmd(e)}},
 		{"servers", "Servers:", []*cobra.Command{membersCmd(e), tokenCmd(e), caCmd(e), keysCmd(e), snapshotCmd(e, snapshotGit{check: daemon.CheckRepository, importing: daemon.ImportRepository})}},
 		{"git", "Manifests and Git:", []*cobra.Command{initCmd(e), vetCmd(e), renderCmd(e), planCmd(e), sourceCmd(e)}},
-		{"look", "Looking:", []*cobra.Command{getCmd(e), describeCmd(e), logsCmd(e), execCmd(e), eventsCmd(e)}},
+		{"look", "Looking:", []*cobra.Command{getCmd(e), describeCmd(e), logsCmd(e), execCmd(e), eventsCmd(e), whyBlockedCmd(e)}},
 	}
 	for _, g := range groups {
 		root.AddGroup(&cobra.Group{ID: g.id, Title: g.title})

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -12,6 +13,7 @@ import (
 
 	"decree.dev/decree/cmd/decree/internal/daemon"
 	"decree.dev/decree/netplane/dns"
+	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/schemas/compile"
 )
 
@@ -21,9 +23,9 @@ func newCompiler() (*compile.Process, error) { return daemon.NewCompiler() }
 // daemonFlags are the flags of every verb that runs a daemon. check reads those that
 // are text.
 type daemonFlags struct {
-	level, serviceCIDR, podCIDR, dns string
-	tokenFile                        string
-	stubs                            []string
+	level, serviceCIDR, podCIDR, dns, nodePorts string
+	tokenFile                                   string
+	stubs                                       []string
 }
 
 func upCmd(e *env) *cobra.Command {
@@ -148,9 +150,10 @@ func (d *daemonFlags) server(c *cobra.Command, cfg *daemon.Config, address strin
 	f.IntVar(&cfg.Snapshots.KeepDaily, "snapshot-keep-daily", 14, "for how many days one snapshot a day is kept")
 	f.StringSliceVar(&cfg.Snapshots.Recipients, "snapshot-recipient", nil, "age1... that snapshots are encrypted for")
 	f.StringVar(&cfg.Seed, "repo", "", "folder that becomes the first commit of the built-in repository, if it has none")
-	f.StringVar(&d.serviceCIDR, "service-cidr", "10.97.0.0/16", "addresses of services; for a new cluster")
-	f.StringVar(&d.podCIDR, "pod-cidr", "10.98.0.0/16", "addresses of pods; for a new cluster")
+	f.StringVar(&d.serviceCIDR, "service-cidr", "10.97.0.0/16", "addresses of services, with a comma also those of the other address family; for a new cluster")
+	f.StringVar(&d.podCIDR, "pod-cidr", "10.98.0.0/16", "addresses of pods, like --service-cidr; for a new cluster")
 	f.StringVar(&d.dns, "cluster-dns", "10.97.0.10", "address of the cluster DNS; for a new cluster")
+	f.StringVar(&d.nodePorts, "service-node-port-range", command.DefaultNodePorts.String(), "ports that services get on the nodes; for a new cluster")
 	f.StringVar(&cfg.Domain, "cluster-domain", "cluster.local", "domain of the cluster DNS")
 }
 
@@ -161,18 +164,8 @@ func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 		return usageError{fmt.Errorf("--log-level %q: expected debug, info, warn or error", d.level)}
 	}
 	cfg.Log = slog.New(slog.NewTextHandler(e.Err, &slog.HandlerOptions{Level: l}))
-	for _, r := range []struct {
-		flag, text string
-		into       *netip.Prefix
-	}{{"service-cidr", d.serviceCIDR, &cfg.ServiceCIDR}, {"pod-cidr", d.podCIDR, &cfg.PodCIDR}} {
-		if r.text == "" {
-			continue
-		}
-		p, err := netip.ParsePrefix(r.text)
-		if err != nil {
-			return usageError{fmt.Errorf("--%s: %w", r.flag, err)}
-		}
-		*r.into = p
+	if err := d.ranges(cfg); err != nil {
+		return usageError{err}
 	}
 	if d.dns != "" {
 		addr, err := netip.ParseAddr(d.dns)
@@ -243,4 +236,35 @@ func compileWorkerCmd(e *env) *cobra.Command {
 			return nil
 		},
 	}
+}
+
+// ranges puts the address and port ranges into cfg. Agents have no such flags.
+func (d *daemonFlags) ranges(cfg *daemon.Config) error {
+	for _, r := range []struct {
+		flag, text string
+		into       *[]netip.Prefix
+	}{{"service-cidr", d.serviceCIDR, &cfg.ServiceCIDRs}, {"pod-cidr", d.podCIDR, &cfg.PodCIDRs}} {
+		if r.text == "" {
+			continue
+		}
+		*r.into = nil
+		for text := range strings.SplitSeq(r.text, ",") {
+			p, err := netip.ParsePrefix(strings.TrimSpace(text))
+			if err != nil {
+				return fmt.Errorf("--%s: %w", r.flag, err)
+			}
+			*r.into = append(*r.into, p)
+		}
+	}
+	if d.nodePorts == "" {
+		return nil
+	}
+	first, last, _ := strings.Cut(d.nodePorts, "-")
+	a, errA := strconv.ParseUint(first, 10, 16)
+	b, errB := strconv.ParseUint(last, 10, 16)
+	if errA != nil || errB != nil {
+		return fmt.Errorf("--service-node-port-range %q: expected two ports, such as %s", d.nodePorts, command.DefaultNodePorts)
+	}
+	cfg.NodePorts = command.PortRange{First: uint16(a), Last: uint16(b)}
+	return nil
 }

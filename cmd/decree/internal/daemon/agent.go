@@ -18,9 +18,11 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/render"
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/raftstore/pki"
@@ -39,6 +41,7 @@ type node struct {
 	plane      *netplane.Plane
 	agent      *agent.Agent
 	mirror     *client.Mirror
+	peers      *peers
 	changed    fanout
 }
 
@@ -162,25 +165,28 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 	if n.plane, err = netplane.New(cfg.network(metrics)); err != nil {
 		return nil, err
 	}
-	if n.mirror, err = newMirror(cfg, at); err != nil {
+	if n.mirror, err = newMirror(cfg, at, client.NodeSelections(cfg.Node), "view"); err != nil {
+		return nil, err
+	}
+	if n.peers, err = newPeers(cfg, at); err != nil {
 		return nil, err
 	}
 	n.agent, err = agent.New(agent.Config{
 		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"),
-		HostIPs: hostIPs(cfg.PodCIDR, cfg.ServiceCIDR), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
+		HostIPs: cfg.hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
 		Logger: cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
 	return n, err
 }
 
-// newMirror makes the node's local copy of what it needs to know.
-func newMirror(cfg *Config, at controlPlaneAt) (*client.Mirror, error) {
+// newMirror makes a local copy of some of the state, kept in a folder.
+func newMirror(cfg *Config, at controlPlaneAt, selections []client.Selection, dir string) (*client.Mirror, error) {
 	c, err := client.New(client.Config{Server: at.url, Others: at.others, TLS: at.keeper.ClientTLS(), Log: cfg.Log})
 	if err != nil {
 		return nil, err
 	}
 	return client.NewMirror(client.MirrorConfig{
-		Client: c, Node: cfg.Node, Select: client.NodeSelections(cfg.Node), Cache: cfg.dir("view"), Log: cfg.Log.With("part", "view"),
+		Client: c, Node: cfg.Node, Select: selections, Cache: cfg.dir(dir), Log: cfg.Log.With("part", dir),
 	})
 }
 
@@ -189,6 +195,7 @@ func (n *node) run(start func(name string, f func(context.Context) error)) {
 	start("mirror", n.mirror.Run)
 	start("signals", func(ctx context.Context) error { return n.changed.run(ctx, n.mirror) })
 	start("network", n.plane.Run)
+	start("peers", func(ctx context.Context) error { return n.peers.run(ctx, n.changed.network) })
 	start("services", n.follow)
 	start("agent", n.agent.Run)
 }
@@ -204,7 +211,11 @@ func (n *node) follow(ctx context.Context) error {
 		Name: "services", Changed: n.changed.network, Resync: time.Minute, Timeout: 30 * time.Second,
 		Backoff: reconciler.Backoff{Min: 50 * time.Millisecond, Max: 10 * time.Second},
 		Logger:  n.cfg.Log.With("part", "network"),
-		Once:    func(ctx context.Context) error { return n.plane.Set(ctx, n.desired(n.mirror.View())) },
+		Once: func(ctx context.Context) error {
+			d := n.desired(n.mirror.View())
+			d.Pods = n.peers.pods(ctx, &d)
+			return n.plane.Set(ctx, d)
+		},
 	}
 	return loop.Run(ctx)
 }
@@ -212,13 +223,15 @@ func (n *node) follow(ctx context.Context) error {
 // desired is the network that a view asks of this node.
 func (n *node) desired(view api.Reader) netplane.Desired {
 	d := netplane.Desired{
-		Node: n.cfg.Node, ClusterCIDR: []netip.Prefix{n.cfg.PodCIDR}, ServiceCIDR: []netip.Prefix{n.cfg.ServiceCIDR},
+		Node: n.cfg.Node, ClusterCIDR: n.cfg.PodCIDRs, ServiceCIDR: n.cfg.ServiceCIDRs,
 		DNS: n.cfg.DNS, Domain: n.cfg.Domain,
 		Services: slices.Collect(api.List[*corev1.Service](view, "")),
 		Slices:   slices.Collect(api.List[*discoveryv1.EndpointSlice](view, "")),
 		Nodes:    slices.Collect(api.List[*corev1.Node](view, "")),
-		Pods:     slices.Collect(api.List[*corev1.Pod](view, "")),
+		Policies: slices.Collect(api.List[*networkingv1.NetworkPolicy](view, "")), Namespaces: slices.Collect(api.List[*corev1.Namespace](view, "")),
+		Pods: slices.Collect(api.List[*corev1.Pod](view, "")),
 	}
+	d.Announced = render.Balanced(d.Services)
 	for _, node := range d.Nodes {
 		if node.Name != n.cfg.Node {
 			continue

@@ -111,7 +111,7 @@ func (c *Config) hosts() []string {
 	if host, _, err := net.SplitHostPort(c.Advertise); err == nil {
 		hosts = append(hosts, host)
 	}
-	for _, ip := range hostIPs(c.PodCIDR, c.ServiceCIDR) {
+	for _, ip := range c.hostIPs() {
 		if len(hosts) < 24 {
 			hosts = append(hosts, ip.String())
 		}

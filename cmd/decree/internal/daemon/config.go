@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/netplane/dns"
+	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/membership"
 	"decree.dev/decree/raftstore/pki"
 )
@@ -62,9 +63,13 @@ type Config struct {
 
 	Containerd string // socket of an existing containerd; empty: run one under Data
 
-	ServiceCIDR, PodCIDR netip.Prefix
-	DNS                  netip.Addr
-	Domain               string
+	// ServiceCIDRs and PodCIDRs are where addresses come from, one range of each address
+	// family, the primary family first. DNS lies in the first of ServiceCIDRs.
+	ServiceCIDRs, PodCIDRs []netip.Prefix
+	DNS                    netip.Addr
+	Domain                 string
+	// NodePorts are the ports that services get on nodes; zero: the store's default.
+	NodePorts command.PortRange
 
 	ResolvConf string     // file with the name servers for names outside the cluster
 	DNSStubs   []dns.Stub // domains with name servers of their own
@@ -118,20 +123,8 @@ func (c *Config) complete() error {
 	if err := pki.ValidNode(c.Node); err != nil {
 		return fmt.Errorf("--node: %w", err)
 	}
-	if !c.ServiceCIDR.IsValid() {
-		c.ServiceCIDR = netip.MustParsePrefix("10.97.0.0/16")
-	}
-	if !c.PodCIDR.IsValid() {
-		c.PodCIDR = netip.MustParsePrefix("10.98.0.0/16")
-	}
-	if !c.DNS.IsValid() {
-		c.DNS = netip.MustParseAddr("10.97.0.10")
-	}
-	if c.ServiceCIDR.Overlaps(c.PodCIDR) {
-		return fmt.Errorf("service range %s and pod range %s overlap", c.ServiceCIDR, c.PodCIDR)
-	}
-	if !c.ServiceCIDR.Contains(c.DNS) {
-		return fmt.Errorf("DNS address %s is outside the service range %s", c.DNS, c.ServiceCIDR)
+	if err := c.completeRanges(); err != nil {
+		return err
 	}
 	if c.Domain == "" {
 		c.Domain = "cluster.local"
@@ -150,7 +143,7 @@ func (c *Config) advertise(listening string) {
 	c.Advertise = listening
 	host, port, err := net.SplitHostPort(listening)
 	if ip := net.ParseIP(host); err == nil && ip != nil && ip.IsUnspecified() {
-		c.Advertise = net.JoinHostPort(hostIPs(c.PodCIDR, c.ServiceCIDR)[0].String(), port)
+		c.Advertise = net.JoinHostPort(c.hostIPs()[0].String(), port)
 	}
 }
 

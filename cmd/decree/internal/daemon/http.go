@@ -34,11 +34,28 @@ const clusterPath = "/decree/v1/"
 // Settings is what a machine needs to know of the cluster to run pods.
 type Settings struct {
 	ClusterID   string       `json:"clusterID"`
+	ServiceCIDR netip.Prefix `json:"serviceCIDR"` // of the primary address family
+	PodCIDR     netip.Prefix `json:"podCIDR"`
+	// Second are the ranges of the other family, if the cluster has two.
+	Second  *SecondFamily `json:"second,omitempty"`
+	DNS     netip.Addr    `json:"dns"`
+	Domain  string        `json:"domain"`
+	Servers []string      `json:"servers"` // host:port
+}
+
+// SecondFamily are the ranges of the other address family.
+type SecondFamily struct {
 	ServiceCIDR netip.Prefix `json:"serviceCIDR"`
 	PodCIDR     netip.Prefix `json:"podCIDR"`
-	DNS         netip.Addr   `json:"dns"`
-	Domain      string       `json:"domain"`
-	Servers     []string     `json:"servers"` // host:port
+}
+
+// families are the ranges of each family, the primary one first.
+func (s *Settings) families() []command.Ranges {
+	list := []command.Ranges{{ServiceCIDR: s.ServiceCIDR, PodCIDR: s.PodCIDR}}
+	if s.Second != nil {
+		list = append(list, command.Ranges{ServiceCIDR: s.Second.ServiceCIDR, PodCIDR: s.Second.PodCIDR})
+	}
+	return list
 }
 
 // TokenRequest asks for a join token.
@@ -159,9 +176,13 @@ func (s *server) settings() (*Settings, error) {
 	if born == nil {
 		return nil, errNoState
 	}
-	return &Settings{
+	out := &Settings{
 		ClusterID: born.ClusterID, ServiceCIDR: born.ServiceCIDR, PodCIDR: born.PodCIDR, DNS: born.DNS, Domain: s.cfg.Domain, Servers: s.addresses(),
-	}, nil
+	}
+	if families := born.Families(); len(families) > 1 {
+		out.Second = &SecondFamily{families[1].ServiceCIDR, families[1].PodCIDR}
+	}
+	return out, nil
 }
 
 func (s *server) createToken(r *http.Request, who apiserver.Identity) (any, error) {

@@ -132,6 +132,7 @@ func learnSettings(ctx context.Context, cfg *Config, c *client.Client, known *kn
 		}
 		known.set(s.Servers, cfg)
 	}
-	cfg.ServiceCIDR, cfg.PodCIDR, cfg.DNS, cfg.Domain = s.ServiceCIDR, s.PodCIDR, s.DNS, s.Domain
+	cfg.DNS, cfg.Domain = s.DNS, s.Domain
+	cfg.setRanges(s.families())
 	return nil
 }

@@ -171,7 +171,7 @@ func (s *server) openRaft(founder bool) (err error) {
 		Fatal: func(err error) { s.fatal <- err },
 	}
 	if founder {
-		storeCfg.Bootstrap = &command.Bootstrap{ServiceCIDR: cfg.ServiceCIDR, PodCIDR: cfg.PodCIDR, NodeMask: 24, DNS: cfg.DNS}
+		storeCfg.Bootstrap = cfg.birth()
 	}
 	// Before the store: its transport asks for it.
 	s.members = &membership.Keeper{Peers: s.peers, Self: s.self, Policy: cfg.policy(), Log: cfg.Log.With("part", "servers")}
@@ -415,7 +415,8 @@ func (s *server) awaitReady(ctx context.Context) error {
 	}
 	// The ranges were settled when the cluster was born, whatever the flags say now.
 	born := s.store.View().Settings()
-	s.cfg.ServiceCIDR, s.cfg.PodCIDR, s.cfg.DNS = born.ServiceCIDR, born.PodCIDR, born.DNS
+	s.cfg.DNS = born.DNS
+	s.cfg.setRanges(born.Families())
 	return s.writeKubeconfig(time.Now())
 }
 

@@ -137,7 +137,11 @@ func Serve(ctx context.Context, at, upstream string, names int) error {
 	for i := range 50 { // a name that is absent is so in a namespace that is there
 		d.Services = append(d.Services, &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "any", Namespace: namespace(i)}, Spec: corev1.ServiceSpec{ClusterIP: "10.111.255.1"}})
 	}
-	s := clusterdns.New(clusterdns.Config{Upstreams: []string{upstream}})
+	up, err := netip.ParseAddrPort(upstream)
+	if err != nil {
+		return fmt.Errorf("upstream: %w", err)
+	}
+	s := clusterdns.New(clusterdns.Config{Upstreams: []netip.AddrPort{up}})
 	s.Set(d)
 	pc, err := net.ListenPacket("udp", at)
 	if err != nil {

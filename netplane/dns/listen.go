@@ -4,21 +4,27 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"io"
 	"net"
+	"net/netip"
 	"slices"
 	"sync"
 	"time"
 
+	"github.com/miekg/dns"
 	"golang.org/x/net/ipv4"
 )
 
 const (
-	// maxQuery bounds the datagrams that are read: no query is that long.
+	// maxQuery bounds the messages that are read: no query is that long.
 	maxQuery = 4096
 	// batch is how many datagrams one system call receives or sends at most: these calls
 	// are most of the work.
 	batch = 32
+	// maxWaiting bounds the queries that wait for upstreams, and maxClientWaiting those of
+	// one address; more are not answered, which is what makes clients back off.
+	maxWaiting, maxClientWaiting = 1024, 256
 	// maxConns bounds the TCP connections, maxClientConns those of one address, and
 	// maxPipelined the queries of one that wait for upstreams.
 	maxConns, maxClientConns, maxPipelined = 512, 32, 32
@@ -66,7 +72,7 @@ func (s *Server) serveUDP(ctx context.Context, conn *net.UDPConn, busy *sync.Wai
 			answer, wait := s.quick(w, d.in[i].Buffers[0][:d.in[i].N], true)
 			switch {
 			case wait:
-				s.later(ctx, w.park(), busy, func(answer []byte) {
+				s.later(ctx, w.park(), client(from), busy, func(answer []byte) {
 					_, err := conn.WriteTo(answer, from)
 					s.sent(begun, 1, err)
 				})
@@ -103,71 +109,38 @@ func (s *Server) sent(begun time.Time, n int, err error) {
 }
 
 // later answers a datagram's query in a goroutine of its own, unless too many wait already.
-func (s *Server) later(ctx context.Context, q *query, busy *sync.WaitGroup, send func([]byte)) {
-	select {
-	case s.waiting <- struct{}{}:
-		busy.Go(func() {
-			defer func() { <-s.waiting }()
-			send(s.slow(ctx, q, true))
-		})
-	default:
+func (s *Server) later(ctx context.Context, q *query, from netip.Addr, busy *sync.WaitGroup, send func([]byte)) {
+	if !s.waiting.take(from) {
 		s.metrics.dropped.Inc()
+		return
 	}
+	busy.Go(func() {
+		defer s.waiting.give(from)
+		send(s.slow(ctx, q, true))
+	})
 }
 
 // serveTCP accepts connections until ctx ends or the listener fails.
 func (s *Server) serveTCP(ctx context.Context, ln net.Listener, busy *sync.WaitGroup) error {
-	open := clients{}
+	open := quota{most: maxConns, each: maxClientConns}
 	for {
 		conn, err := ln.Accept()
 		if err != nil {
 			return err
 		}
-		client, ok := open.add(conn)
-		if !ok {
+		from := client(conn.RemoteAddr())
+		if !open.take(from) {
 			s.metrics.dropped.Inc()
 			conn.Close()
 			continue
 		}
 		busy.Go(func() {
-			defer open.remove(client)
-			c := &tcpConn{server: s, Conn: conn}
+			defer open.give(from)
+			c := &tcpConn{server: s, Conn: conn, from: from}
 			if err := c.serve(ctx); err != nil && !errors.Is(err, io.EOF) {
 				s.log.Debug("dns connection ended", "from", conn.RemoteAddr(), "err", err)
 			}
 		})
-	}
-}
-
-// clients counts TCP connections, so that no pod takes those of others.
-type clients struct {
-	mu   sync.Mutex
-	all  int
-	each map[string]int // by address
-}
-
-// add counts a connection, unless there are too many.
-func (c *clients) add(conn net.Conn) (client string, ok bool) {
-	client, _, _ = net.SplitHostPort(conn.RemoteAddr().String())
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.all >= maxConns || c.each[client] >= maxClientConns {
-		return client, false
-	}
-	if c.each == nil {
-		c.each = map[string]int{}
-	}
-	c.all++
-	c.each[client]++
-	return client, true
-}
-
-func (c *clients) remove(client string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.all--
-	if c.each[client]--; c.each[client] == 0 {
-		delete(c.each, client)
 	}
 }
 
@@ -176,6 +149,7 @@ func (c *clients) remove(client string) {
 type tcpConn struct {
 	net.Conn
 	server  *Server
+	from    netip.Addr
 	writing sync.Mutex
 }
 
@@ -199,14 +173,17 @@ func (c *tcpConn) serve(ctx context.Context) error {
 		answer, wait := c.server.quick(w, buf, false)
 		if wait {
 			pipelined <- struct{}{} // a client in a hurry waits here
-			c.server.waiting <- struct{}{}
-			q := w.park()
-			busy.Go(func() {
-				defer func() { <-pipelined; <-c.server.waiting }()
-				_ = c.writeMessage(c.server.slow(ctx, q, false)) // reading fails as well
-				c.server.metrics.latency.Observe(time.Since(begun).Seconds())
-			})
-			continue
+			if c.server.waiting.take(c.from) {
+				q := w.park()
+				busy.Go(func() {
+					defer func() { <-pipelined; c.server.waiting.give(c.from) }()
+					c.later(ctx, q, begun)
+				})
+				continue
+			}
+			<-pipelined
+			c.server.metrics.dropped.Inc()
+			answer = appendRcode(w.out[:0], &w.q, dns.RcodeServerFailure)
 		}
 		if answer == nil {
 			return errors.New("it sent what is no query")
@@ -218,6 +195,11 @@ func (c *tcpConn) serve(ctx context.Context) error {
 	}
 }
 
+func (c *tcpConn) later(ctx context.Context, q *query, begun time.Time) {
+	_ = c.writeMessage(c.server.slow(ctx, q, false)) // reading fails as well
+	c.server.metrics.latency.Observe(time.Since(begun).Seconds())
+}
+
 // readMessage reads one message into buf, which it may replace.
 func (c *tcpConn) readMessage(buf []byte) ([]byte, error) {
 	var length [2]byte
@@ -227,6 +209,9 @@ func (c *tcpConn) readMessage(buf []byte) ([]byte, error) {
 	}
 	_ = c.SetReadDeadline(time.Now().Add(tcpStall))
 	n := int(binary.BigEndian.Uint16(length[:]))
+	if n > maxQuery {
+		return buf, fmt.Errorf("it sent %d bytes, which is no query", n)
+	}
 	buf = slices.Grow(buf[:0], n)[:n]
 	_, err := io.ReadFull(c, buf)
 	return buf, err
@@ -240,4 +225,46 @@ func (c *tcpConn) writeMessage(m []byte) error {
 	out = binary.BigEndian.AppendUint16(out, uint16(len(m)))
 	_, err := c.Write(append(out, m...))
 	return err
+}
+
+// quota counts what clients have at a time, so that no pod takes what is there for all.
+type quota struct {
+	most, each int // of all clients, and of one
+
+	mu   sync.Mutex
+	all  int
+	held map[netip.Addr]int
+}
+
+// take counts one more for a client, unless there are too many.
+func (q *quota) take(client netip.Addr) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.all >= q.most || q.held[client] >= q.each {
+		return false
+	}
+	if q.held == nil {
+		q.held = map[netip.Addr]int{}
+	}
+	q.all++
+	q.held[client]++
+	return true
+}
+
+func (q *quota) give(client netip.Addr) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.all--
+	if q.held[client]--; q.held[client] == 0 {
+		delete(q.held, client)
+	}
+}
+
+// client is who counts: an address, whatever its ports.
+func client(a net.Addr) netip.Addr {
+	if u, ok := a.(*net.UDPAddr); ok {
+		return u.AddrPort().Addr()
+	}
+	p, _ := netip.ParseAddrPort(a.String()) // all unknown ones are one client
+	return p.Addr()
 }

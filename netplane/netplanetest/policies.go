@@ -1,0 +1,190 @@
+package netplanetest
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/yaml"
+
+	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/policy"
+	"decree.dev/decree/netplane/render"
+)
+
+// Policies is what enforces network policies in a World. netplane/enforce is the one for
+// kernels.
+type Policies interface {
+	Set(ctx context.Context, p *policy.Plan, ranges []netip.Prefix) (int, error)
+	Read(ctx context.Context) (bool, error)
+	Purge(ctx context.Context) error
+}
+
+// Sender is as much of a World as policies need.
+type Sender interface {
+	Services() (netplane.Services, error)
+	Send(from Host, proto render.Proto, to netip.AddrPort) (Verdict, error)
+}
+
+// sending is a World that can do no more than that.
+type sending struct {
+	World
+	Sender
+}
+
+func (s sending) Services() (netplane.Services, error) { return s.Sender.Services() }
+
+func (s sending) Send(from Host, proto render.Proto, to netip.AddrPort) (Verdict, error) {
+	return s.Sender.Send(from, proto, to)
+}
+
+// portNames are the ports of a World by the names that policies and packets of this suite
+// give them.
+var portNames = map[string]render.Port{
+	"tcp": {Proto: render.TCP, Port: TCPPort}, "second": {Proto: render.TCP, Port: SecondPort},
+	"udp": {Proto: render.UDP, Port: UDPPort}, "sctp": {Proto: render.SCTP, Port: SCTPPort},
+}
+
+// RunPolicies tries the cases of recipes.go in one family, each as what follows the one
+// before. Every packet to a pod is also sent to a service in front of it, so that w shows
+// where its backend translates addresses.
+func RunPolicies(t *testing.T, w Sender, p Policies, n Net) {
+	s := &suite{w: sending{Sender: w}, n: n}
+	s.open(t)
+	var services []render.Service
+	for i, h := range Pods {
+		services = append(services, s.inFront(n.Service(i+1), h)...)
+		services = append(services, s.inFront(n.Balanced(i+1), h)...)
+	}
+	s.sync(t, s.table(services...))
+	for _, r := range recipes {
+		t.Run(r.name, func(t *testing.T) {
+			plan := s.set(t, p, r.cluster(t, n))
+			s.try(t, r.allowed, true)
+			s.try(t, r.blocked, false)
+			if changed, err := p.Set(s.ctx(t), plan, []netip.Prefix{n.Range}); err != nil || changed != 0 {
+				t.Errorf("the same once more: %d changes, %v", changed, err)
+			}
+			if ok, err := p.Read(s.ctx(t)); err != nil || !ok {
+				t.Errorf("read back: %v, %v", ok, err)
+			}
+		})
+	}
+	if err := p.Purge(s.ctx(t)); err != nil {
+		t.Fatal(err)
+	}
+	s.try(t, []string{"pod1 pod2 tcp", "outside pod3 udp"}, true)
+}
+
+// inFront are services with one endpoint, for all ports of a pod.
+func (s *suite) inFront(at netip.Addr, h Host) (out []render.Service) {
+	for _, p := range portNames {
+		out = append(out, render.Service{
+			Port: render.Port{Addr: at, Proto: p.Proto, Port: p.Port - 8000}, Endpoints: s.n.Endpoints(p.Port, h),
+		})
+	}
+	return out
+}
+
+func (s *suite) set(t *testing.T, p Policies, c policy.Cluster) *policy.Plan {
+	t.Helper()
+	plan := policy.New(c)
+	if _, err := p.Set(s.ctx(t), plan, []netip.Prefix{s.n.Range}); err != nil {
+		t.Fatal(err)
+	}
+	return plan
+}
+
+// try sends packets, such as "pod1 pod2 tcp", all at once.
+func (s *suite) try(t *testing.T, packets []string, allowed bool) {
+	t.Helper()
+	var wg sync.WaitGroup
+	for _, packet := range packets {
+		f := strings.Fields(packet)
+		from, to, port := Host(f[0]), Host(f[1]), portNames[f[2]]
+		if f[2] == "ping" {
+			port = render.Port{Proto: render.ICMP}
+		}
+		via := []netip.AddrPort{netip.AddrPortFrom(s.n.Addr[to], port.Port)}
+		if i := slices.Index(Pods, to); i >= 0 && f[2] != "ping" {
+			via = append(via, netip.AddrPortFrom(s.n.Balanced(i+1), port.Port-8000))
+			if from != Outside { // which has no business there
+				via = append(via, netip.AddrPortFrom(s.n.Service(i+1), port.Port-8000))
+			}
+		}
+		for _, at := range via {
+			wg.Go(func() {
+				v, err := s.w.Send(from, port.Proto, at)
+				switch {
+				case err != nil:
+					t.Errorf("%s by %s: %v", packet, at, err)
+				case v.To.IsValid() != allowed:
+					t.Errorf("%s by %s: %+v, want it allowed: %v", packet, at, v, allowed)
+				case !allowed && v.Rejected:
+					t.Errorf("%s by %s: the sender was told", packet, at)
+				}
+			})
+		}
+	}
+	wg.Wait()
+}
+
+// recipe is a case of policies: who is who, and what may be sent.
+type recipe struct {
+	name string
+	// pods are "namespace label=value,...".
+	pods map[Host]string
+	// namespaces are labels.
+	namespaces map[string]string
+	policies   string
+	// allowed and blocked are packets: "from to port".
+	allowed, blocked []string
+}
+
+// cluster is the recipe's cluster. In policies, NODE, POD3 and OUTSIDE stand for addresses
+// with the length of the whole address, and ALL for every address.
+func (r *recipe) cluster(t *testing.T, n Net) policy.Cluster {
+	t.Helper()
+	var c policy.Cluster
+	for name, text := range r.namespaces {
+		c.Namespaces = append(c.Namespaces, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labelsOf(t, text)}})
+	}
+	for h, text := range r.pods {
+		ns, text, _ := strings.Cut(text, " ")
+		pod := policy.Pod{Namespace: ns, Name: string(h), Labels: labelsOf(t, text), Addrs: []netip.Addr{n.Addr[h]}, Here: true}
+		for name, p := range portNames {
+			if name != "second" || h != Pod3 { // which calls no port so
+				pod.Ports = append(pod.Ports, policy.NamedPort{Name: name, Proto: p.Proto, Number: p.Port})
+			}
+		}
+		c.Pods = append(c.Pods, pod)
+	}
+	whole := fmt.Sprint("/", n.Uplink.BitLen())
+	text := strings.NewReplacer("NODE", n.Addr[Node].String()+whole, "POD3", n.Addr[Pod3].String()+whole, "OUTSIDE", n.Addr[Outside].String()+whole,
+		"ALL", netip.PrefixFrom(n.Uplink, 0).Masked().String()).Replace(r.policies)
+	for i, doc := range strings.Split(text, "---\n") {
+		var np networkingv1.NetworkPolicy
+		if err := yaml.UnmarshalStrict([]byte(doc), &np); err != nil {
+			t.Fatalf("%s, policy %d: %v", r.name, i, err)
+		}
+		c.Policies = append(c.Policies, &np)
+	}
+	return c
+}
+
+func labelsOf(t *testing.T, text string) map[string]string {
+	t.Helper()
+	set, err := labels.ConvertSelectorToLabelsMap(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return set
+}

@@ -1,0 +1,121 @@
+package render
+
+import (
+	"bytes"
+	"cmp"
+	"crypto/sha256"
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
+)
+
+// Announcement is an address of a load balancer and the node that answers for it on the
+// network: to ARP and to neighbour discovery.
+type Announcement struct {
+	Addr            netip.Addr
+	Namespace, Name string // of the service
+	// Node is "" when no node can serve the address.
+	Node string
+}
+
+// Announcements elects the announcing node of every address that nodes hold for services
+// of type LoadBalancer, ordered by address. It says the same on every node that sees the
+// same objects, so that nothing is stored and nobody has to agree: each service ranks
+// the nodes in an order of its own (rendezvous hashing), and the first that can serve it
+// announces it. So the loss of a node moves the addresses of that node only.
+//
+// A node can serve an address when it is ready and not excluded by the label
+// node.kubernetes.io/exclude-from-external-load-balancers; with external traffic policy
+// Local, when it also has a ready endpoint of the address's family. An address that two
+// services name is that of the first by namespace and name.
+func Announcements(d Desired) []Announcement {
+	nodes := announcers(d.Nodes)
+	bySvc := slicesByService(d.Slices)
+	var out []Announcement
+	for _, svc := range d.Services {
+		if svc.Spec.Type != corev1.ServiceTypeLoadBalancer {
+			continue
+		}
+		for _, text := range ingress(svc) {
+			a, err := netip.ParseAddr(text)
+			if err != nil || a.Zone() != "" {
+				continue
+			}
+			a = a.Unmap()
+			able := func(string) bool { return true }
+			if svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal {
+				local := serving(bySvc[name{svc.Namespace, svc.Name}], a.Is4())
+				able = func(node string) bool { return local[node] }
+			}
+			out = append(out, Announcement{a, svc.Namespace, svc.Name, elect(svc, nodes, able)})
+		}
+	}
+	slices.SortFunc(out, func(a, b Announcement) int {
+		return cmp.Or(a.Addr.Compare(b.Addr), cmp.Compare(a.Namespace, b.Namespace), cmp.Compare(a.Name, b.Name))
+	})
+	return slices.CompactFunc(out, func(a, b Announcement) bool { return a.Addr == b.Addr })
+}
+
+// Balanced are the addresses that services of type LoadBalancer have, as networks for
+// [Desired.Announced].
+func Balanced(services []*corev1.Service) []netip.Prefix {
+	var out []netip.Prefix
+	for _, svc := range services {
+		if svc.Spec.Type != corev1.ServiceTypeLoadBalancer {
+			continue
+		}
+		for _, text := range ingress(svc) {
+			if a, err := netip.ParseAddr(text); err == nil && a.Zone() == "" {
+				out = append(out, netip.PrefixFrom(a.Unmap(), a.Unmap().BitLen()))
+			}
+		}
+	}
+	return out
+}
+
+// announcers are the names of the nodes that may announce.
+func announcers(nodes []*corev1.Node) (names []string) {
+	for _, n := range nodes {
+		_, excluded := n.Labels[corev1.LabelNodeExcludeBalancers]
+		ready := slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
+			return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+		})
+		if ready && !excluded && n.DeletionTimestamp == nil {
+			names = append(names, n.Name)
+		}
+	}
+	return names
+}
+
+// serving are the nodes that have a ready endpoint of a family.
+func serving(eps []*discoveryv1.EndpointSlice, v4 bool) map[string]bool {
+	out := map[string]bool{}
+	for _, s := range eps {
+		if (s.AddressType == discoveryv1.AddressTypeIPv4) != v4 || s.AddressType == discoveryv1.AddressTypeFQDN {
+			continue
+		}
+		for i := range s.Endpoints {
+			if ep := &s.Endpoints[i]; ep.NodeName != nil && (ep.Conditions.Ready == nil || *ep.Conditions.Ready) {
+				out[*ep.NodeName] = true
+			}
+		}
+	}
+	return out
+}
+
+// elect is the able node that ranks first for svc.
+func elect(svc *corev1.Service, nodes []string, able func(string) bool) (first string) {
+	var best [sha256.Size]byte
+	for _, n := range nodes {
+		if !able(n) {
+			continue
+		}
+		rank := sha256.Sum256([]byte(svc.Namespace + "\x00" + svc.Name + "\x00" + n))
+		if first == "" || bytes.Compare(rank[:], best[:]) > 0 {
+			first, best = n, rank
+		}
+	}
+	return first
+}
