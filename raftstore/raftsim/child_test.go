@@ -17,6 +17,7 @@ import (
 	"runtime/pprof"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"testing/cryptotest"
 	"testing/synctest"
@@ -228,6 +229,33 @@ func tryChild(j job, keep func(*result, error) bool) (_ *result, trace string, e
 	return r, trace, err
 }
 
+// nextVersion builds these tests with what stands in for the next version of decree.
+var nextVersion = sync.OnceValues(func() (string, error) {
+	file := filepath.Join(built, "next.test")
+	if out, err := exec.Command("go", "test", "-c", "-tags", "decree_next_format", "-o", file, ".").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the next version: %w\n%s", err, out)
+	}
+	return file, nil
+})
+
+// built is a folder for nextVersion.
+var built string
+
+func TestMain(m *testing.M) {
+	if os.Getenv(jobVar) != "" {
+		os.Exit(m.Run())
+	}
+	dir, err := os.MkdirTemp("", "raftsim-built-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	built = dir
+	code := m.Run()
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
 func startChild(j job, dir string) (*result, error) {
 	j.Dir = "." // a name that is always the same
 	text, err := json.Marshal(j)
@@ -235,6 +263,9 @@ func startChild(j job, dir string) (*result, error) {
 		return nil, err
 	}
 	self, err := os.Executable()
+	if err == nil && j.Upgrade {
+		self, err = nextVersion()
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -24,7 +24,7 @@ var (
 
 // TestSeed runs one seed, as it always runs.
 func TestSeed(t *testing.T) {
-	report, trace, err := runChild(job{raftsim.Options{Seed: *seedFlag}, *startFlag}, replayTries, func(*result, error) bool { return true })
+	report, trace, err := runChild(job{options(*seedFlag), *startFlag}, replayTries, func(*result, error) bool { return true })
 	if trace != "" && *traceFlag {
 		data, err := os.ReadFile(trace)
 		if err != nil {
@@ -77,10 +77,13 @@ func each(runs []job, keep func(*result, error) bool, take func(j job, r *result
 	})
 }
 
+// options are those of a seed: one in five upgrades its servers.
+func options(seed uint64) raftsim.Options { return raftsim.Options{Seed: seed, Upgrade: seed%5 == 4} }
+
 func seeds(first uint64, n int, edit func(*raftsim.Options)) []job {
 	var runs []job
 	for i := range n {
-		j := job{raftsim.Options{Seed: first + uint64(i)}, anyStart}
+		j := job{options(first + uint64(i)), anyStart}
 		if edit != nil {
 			edit(&j.Options)
 		}
@@ -133,7 +136,7 @@ func TestReplay(t *testing.T) {
 		n = *seedsFlag
 	}
 	spread(n, func(i int) {
-		for replay(t, job{raftsim.Options{Seed: *seedFlag + 1000 + uint64(i)}, anyStart}, times) != nil {
+		for replay(t, job{options(*seedFlag + 1000 + uint64(i)), anyStart}, times) != nil {
 			t.Logf("seed %d started in a rare way", i)
 		}
 	})
