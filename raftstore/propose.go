@@ -19,13 +19,8 @@ const proposalOverhead = 256
 // larger travels alone.
 const batchBytes = 1 << 20
 
-const (
-	// wholeBytes is how large a transaction may be that travels in one piece, partBytes
-	// the size of the pieces of a larger one, partsAtOnce how many are under way.
-	wholeBytes  = 2 << 20
-	partBytes   = 1 << 20
-	partsAtOnce = 4
-)
+// partsAtOnce is how many pieces of a large transaction are under way.
+const partsAtOnce = 4
 
 // proposal is one encoded transaction and how its caller is told. done is called
 // once and must not wait.
@@ -60,7 +55,7 @@ func (s *Store) Propose(ctx context.Context, t command.Txn) (command.Result, err
 	}
 	start := time.Now()
 	var result command.Result
-	if len(data) > wholeBytes {
+	if len(data) > s.cfg.WholeBytes {
 		result, err = s.deliverParts(ctx, data, &t)
 	} else {
 		result, err = s.deliver(ctx, data, t.Key != "")
@@ -75,7 +70,7 @@ func (s *Store) Propose(ctx context.Context, t command.Txn) (command.Result, err
 // entry holds up the others. The last piece to arrive has the outcome. Until then
 // nobody sees anything of it.
 func (s *Store) deliverParts(ctx context.Context, data []byte, t *command.Txn) (command.Result, error) {
-	parts, err := command.Split(data, partBytes)
+	parts, err := command.Split(data, s.cfg.PartBytes)
 	if err != nil {
 		return command.Result{}, fmt.Errorf("propose: %w", err)
 	}

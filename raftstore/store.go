@@ -85,6 +85,10 @@ type Config struct {
 	// PendingBytes bounds the proposals that wait: 64 MiB when zero. More make
 	// Propose wait for room.
 	PendingBytes int64
+	// WholeBytes is how large a transaction may be, encoded, that travels in one piece,
+	// 2 MiB when zero; PartBytes the size of the pieces of a larger one, 1 MiB when zero
+	// and command.MaxPart at most. Tests want small ones.
+	WholeBytes, PartBytes int
 }
 
 func (c *Config) setDefaults() {
@@ -100,6 +104,8 @@ func (c *Config) setDefaults() {
 	setDefault(&c.HistoryBytes, 32<<20)
 	setDefault(&c.PendingBytes, 64<<20)
 	setDefault(&c.Format, command.Newest)
+	setDefault(&c.WholeBytes, 2<<20)
+	setDefault(&c.PartBytes, 1<<20)
 	c.PendingBytes = max(c.PendingBytes, command.MaxEntry+proposalOverhead)
 }
 

@@ -14,7 +14,7 @@ import (
 // reads it (Server.status.format); until then nobody can write what needs it.
 // Format 2 brought parts of large transactions, and the kinds of the control plane.
 // Format 3 brought node ports and second address families of Services, clusters with
-// ranges of both families, and AddressPools: a server of the version before would store
+// ranges of both families, AddressPools and NetworkPolicies: a server of the version before would store
 // such a Service and assign nothing to it.
 const (
 	Oldest = 1 // read as long as a log or a snapshot may hold it
@@ -32,7 +32,8 @@ var since = map[api.Resource]int{
 	api.JoinTokens:  2,
 	api.Machines:    2,
 
-	api.AddressPools: 3, api.NetworkPolicies: 3,
+	api.AddressPools:    3,
+	api.NetworkPolicies: 3,
 }
 
 // FormatOfKind is the oldest format in which objects of a resource can be written.

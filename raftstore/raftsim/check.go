@@ -22,10 +22,16 @@ func (c *cluster) settle() bool {
 	ctx, cancel := context.WithTimeout(c.ctx, settleTime)
 	defer cancel()
 	c.pause(ctx, time.Second) // what clients who are gone have sent may still arrive
-	// Every member can write, and so sees what all wrote.
+	// Every member can write, and so sees what all wrote. What it writes is large: that
+	// can be when the cluster knows of every member that it is upgraded.
 	ok := c.eachMember(ctx, "has not recovered", func(ctx context.Context, s *server, r *run) error {
-		ms := (&operation{verb: create, names: []string{"settled-" + s.id}, value: "1"}).mutations()
-		result, err := r.store.Propose(ctx, command.Txn{Key: "settle-" + s.id, Actor: "user/sim", Mutations: ms})
+		txn := command.Txn{Key: "settle-" + s.id, Actor: "user/sim"}
+		txn.Mutations = (&operation{verb: create, names: []string{"settled-" + s.id}, value: "1", large: true}).mutations()
+		result, err := r.store.Propose(ctx, txn)
+		for err != nil && ctx.Err() == nil {
+			c.pause(ctx, 100*time.Millisecond)
+			result, err = r.store.Propose(ctx, txn)
+		}
 		c.final.revision = max(c.final.revision, result.Revision)
 		return errors.Join(err, result.Err())
 	})

@@ -7,7 +7,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"math/rand"
+	rand2 "math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,7 +17,7 @@ import (
 	"runtime/pprof"
 	"strconv"
 	"strings"
-	"syscall"
+	"sync"
 	"testing"
 	"testing/cryptotest"
 	"testing/synctest"
@@ -28,16 +30,37 @@ import (
 )
 
 // A seed runs in a process of its own, which is made to always run alike: one processor,
-// no preemption, no garbage collection, and the randomness that the runtime begins with
-// (for select, maps and timers) replaced. What is left is the runtime's monitor thread,
-// which preempts by the real clock: it is stopped before it does anything.
+// no preemption, no garbage collection, no clock, and the randomness that the runtime
+// begins with (for select, maps and timers) replaced. The runtime's monitor thread, which
+// preempts by the real clock, is stopped before it does anything.
+//
+// What cannot be had is that the program always starts alike: its threads take turns as
+// the kernel likes, so memory is handed out in another order now and then, and that
+// decides the order of maps that are keyed by pointers, as those of contexts are. So each
+// run says how it started, and whoever wants it again starts until it starts like that.
 
 const (
 	jobVar    = "RAFTSIM_JOB"
+	startTag  = "raftsim start: "
 	resultTag = "raftsim result: "
 	traceFile = "trace"
 	traceRoom = 64 << 20 // bytes
 )
+
+// job is what a child is to do.
+type job struct {
+	raftsim.Options
+	Start string // how it must have started, anyStart if that does not matter
+}
+
+// anyStart is as long as any other: memory depends on it.
+const anyStart = "................"
+
+// result is what a child says.
+type result struct {
+	raftsim.Report
+	Start string // with the seed, all that the run depends on
+}
 
 // TestChild is the child.
 func TestChild(t *testing.T) {
@@ -45,8 +68,8 @@ func TestChild(t *testing.T) {
 	if text == "" {
 		t.Skip("only in the processes that other tests start")
 	}
-	var o raftsim.Options
-	if err := json.Unmarshal([]byte(text), &o); err != nil {
+	var j job
+	if err := json.Unmarshal([]byte(text), &j); err != nil {
 		t.Fatal(err)
 	}
 	// Every run is traced, into a file and without allocating, so that all are alike: a run
@@ -55,7 +78,7 @@ func TestChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	room := traceRoom
+	o, room := j.Options, traceRoom
 	o.Trace = func(line []byte) {
 		if room -= len(line); room > 0 {
 			unix.Write(file, line)
@@ -66,7 +89,12 @@ func TestChild(t *testing.T) {
 	freshThread(t)
 	thread := unix.Gettid()
 	synctest.Test(t, func(t *testing.T) {
-		out, err := json.Marshal(raftsim.Run(o))
+		start := howItStarted()
+		if j.Start != anyStart && j.Start != start {
+			t.Fatal(sayStart)
+		}
+		fmt.Printf("%s%s\n", startTag, start)
+		out, err := json.Marshal(result{*raftsim.Run(o), start})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -109,52 +137,135 @@ func freshThread(t *testing.T) {
 		newest = max(newest, n)
 	}
 	if newest != unix.Gettid() {
-		t.Fatal(errThread)
+		t.Fatal(sayThread)
 	}
+}
+
+// howItStarted tells where the next memory will come from, of every size and for every
+// purpose, and which random numbers come next. Two children of a seed that answer the
+// same run alike.
+func howItStarted() string {
+	sum := fnv.New64a()
+	note := func(v uint64) { sum.Write(binary.LittleEndian.AppendUint64(nil, v)) }
+	for size := 8; size <= 64<<10; size += max(8, size/8) {
+		data, pointers := make([]byte, size), make([]*byte, size/8)
+		note(uint64(uintptr(unsafe.Pointer(unsafe.SliceData(data)))))
+		note(uint64(uintptr(unsafe.Pointer(unsafe.SliceData(pointers)))))
+	}
+	stacks := make(chan uint64)
+	for range 32 {
+		go func() {
+			var here byte
+			stacks <- uint64(uintptr(unsafe.Pointer(&here)))
+		}()
+		note(<-stacks)
+	}
+	open := make(chan struct{})
+	close(open)
+	for range 64 {
+		select { // draws, as the run does
+		case <-open:
+			note(0)
+		case <-open:
+			note(1)
+		}
+	}
+	note(rand2.Uint64())
+	return fmt.Sprintf("%016x", sum.Sum64())
 }
 
 // childTime is how long a child may take, in real time: a thousand times what it needs.
 const childTime = time.Minute
 
-// errThread is what a child says that did not get the thread it needs. It is started again.
-const errThread = "not on the newest thread"
+// What a child says that did not get the thread or the start it needs. It is started
+// again: for a rare start, very often.
+const (
+	sayThread = "not on the newest thread"
+	sayStart  = "another start"
+	threadTry = 5
+)
 
-// runChild runs a seed in a child. keep, when not nil, decides whether the trace of every
-// event is kept in a file, which is then named.
-func runChild(o raftsim.Options, keep func(*raftsim.Report, error) bool) (report *raftsim.Report, trace string, err error) {
-	for range 5 {
-		if report, trace, err = tryChild(o, keep); err == nil || !strings.Contains(err.Error(), errThread) {
-			break
+var (
+	errThread = errors.New("did not get a thread of its own")
+	errStart  = errors.New("did not start as asked")
+)
+
+// runChild runs a seed in a child, from the given start, which it tries to get for tries
+// times. keep, when not nil, decides whether the trace of every event is kept in a file,
+// which is then named.
+func runChild(j job, tries int, keep func(*result, error) bool) (r *result, trace string, err error) {
+	for thread := 0; thread < threadTry && tries > 0; {
+		r, trace, err = tryChild(j, keep)
+		switch {
+		case errors.Is(err, errThread):
+			thread++
+		case errors.Is(err, errStart):
+			thread = 0
+			tries--
+		case err != nil:
+			return r, trace, fmt.Errorf("run seed %d: %w", j.Seed, err)
+		default:
+			return r, trace, nil
 		}
 	}
-	if err != nil {
-		err = fmt.Errorf("run seed %d: %w", o.Seed, err)
-	}
-	return report, trace, err
+	return r, trace, fmt.Errorf("run seed %d: %w", j.Seed, err)
 }
 
-func tryChild(o raftsim.Options, keep func(*raftsim.Report, error) bool) (_ *raftsim.Report, trace string, err error) {
-	dir, err := os.MkdirTemp(memory(), "raftsim-")
+func tryChild(j job, keep func(*result, error) bool) (_ *result, trace string, err error) {
+	dir, err := os.MkdirTemp(memory(), fmt.Sprintf("raftsim-%d-", j.Seed))
 	if err != nil {
 		return nil, "", err
 	}
 	defer os.RemoveAll(dir)
-	report, err := startChild(o, dir)
-	if keep != nil && keep(report, err) {
+	r, err := startChild(j, dir)
+	if errors.Is(err, errThread) || errors.Is(err, errStart) {
+		return nil, "", err
+	}
+	if keep != nil && keep(r, err) {
 		data, readErr := os.ReadFile(filepath.Join(dir, traceFile))
-		trace = filepath.Join(os.TempDir(), fmt.Sprintf("raftsim-%d.trace", o.Seed))
+		trace = filepath.Join(os.TempDir(), filepath.Base(dir)+".trace")
 		err = errors.Join(err, readErr, os.WriteFile(trace, data, 0o600))
 	}
-	return report, trace, err
+	return r, trace, err
 }
 
-func startChild(o raftsim.Options, dir string) (*raftsim.Report, error) {
-	o.Dir = "." // a name that is always the same
-	text, err := json.Marshal(o)
+// nextVersion builds these tests with what stands in for the next version of decree.
+var nextVersion = sync.OnceValues(func() (string, error) {
+	file := filepath.Join(built, "next.test")
+	if out, err := exec.Command("go", "test", "-c", "-tags", "decree_next_format", "-o", file, ".").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the next version: %w\n%s", err, out)
+	}
+	return file, nil
+})
+
+// built is a folder for nextVersion.
+var built string
+
+func TestMain(m *testing.M) {
+	if os.Getenv(jobVar) != "" {
+		os.Exit(m.Run())
+	}
+	dir, err := os.MkdirTemp("", "raftsim-built-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	built = dir
+	code := m.Run()
+	os.RemoveAll(dir)
+	os.Exit(code)
+}
+
+func startChild(j job, dir string) (*result, error) {
+	j.Dir = "." // a name that is always the same
+	text, err := json.Marshal(j)
 	if err != nil {
 		return nil, err
 	}
 	self, err := os.Executable()
+	if err == nil && j.Upgrade {
+		self, err = nextVersion()
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -165,15 +276,28 @@ func startChild(o raftsim.Options, dir string) (*raftsim.Report, error) {
 	cmd.WaitDelay = childTime / 10
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	cmd.Dir = dir
+	cmd.Dir, cmd.Args[0] = dir, "raftsim"
 	cmd.Env = []string{"GOMAXPROCS=1", "GOGC=off", "GODEBUG=asyncpreemptoff=1,memprofilerate=0,randseednop=0", jobVar + "=" + string(text)}
-	err = runAlike(cmd, o.Seed)
-	if _, result, ok := strings.Cut(stdout.String(), resultTag); ok && err == nil {
-		line, _, _ := strings.Cut(result, "\n")
-		report := new(raftsim.Report)
-		return report, json.NewDecoder(strings.NewReader(line)).Decode(report)
+	err = runAlike(cmd, j.Seed)
+	if text, ok := after(stdout.String(), resultTag); ok && err == nil {
+		r := new(result)
+		return r, json.Unmarshal([]byte(text), r)
 	}
-	return nil, fmt.Errorf("no result: %w\n%s%s", err, stdout.String(), tail(stderr.String()))
+	switch {
+	case strings.Contains(stdout.String(), sayThread):
+		return nil, errThread
+	case strings.Contains(stdout.String(), sayStart):
+		return nil, errStart
+	}
+	start, _ := after(stdout.String(), startTag)
+	return nil, fmt.Errorf("no result, start %s: %w\n%s%s", start, err, stdout.String(), tail(stderr.String()))
+}
+
+// after returns the rest of the line that has a tag.
+func after(text, tag string) (string, bool) {
+	_, rest, ok := strings.Cut(text, tag)
+	line, _, _ := strings.Cut(rest, "\n")
+	return line, ok
 }
 
 func tail(s string) string { return s[max(0, len(s)-8000):] }
@@ -184,131 +308,4 @@ func memory() string {
 		return "/dev/shm"
 	}
 	return ""
-}
-
-// runAlike runs a Go program such that it does the same every time.
-func runAlike(cmd *exec.Cmd, seed uint64) error {
-	runtime.LockOSThread() // whoever traces a process is one thread
-	defer runtime.UnlockOSThread()
-	cmd.SysProcAttr = &syscall.SysProcAttr{Ptrace: true}
-	if err := startUnshuffled(cmd); err != nil {
-		return err
-	}
-	monitor, err := prepare(cmd.Process.Pid, seed)
-	if err != nil {
-		return errors.Join(err, cmd.Process.Kill(), cmd.Wait())
-	}
-	// The monitor ends with the process; until then it must stay with us.
-	var status unix.WaitStatus
-	for {
-		_, err := unix.Wait4(monitor, &status, unix.WALL, nil)
-		if err == nil && !status.Stopped() || err != nil && !errors.Is(err, unix.EINTR) {
-			break
-		}
-	}
-	return cmd.Wait()
-}
-
-// startUnshuffled starts cmd with its memory at the same addresses every time.
-func startUnshuffled(cmd *exec.Cmd) error {
-	const addrNoRandomize = 0x0040000
-	old, _, errno := unix.Syscall(unix.SYS_PERSONALITY, 0xffffffff, 0, 0)
-	if errno != 0 {
-		return fmt.Errorf("ask for the personality: %w", errno)
-	}
-	if _, _, errno := unix.Syscall(unix.SYS_PERSONALITY, old|addrNoRandomize, 0, 0); errno != 0 {
-		return fmt.Errorf("ask for fixed addresses: %w", errno)
-	}
-	defer unix.Syscall(unix.SYS_PERSONALITY, old, 0, 0)
-	return cmd.Start()
-}
-
-// prepare brings a process that was just started to the point where its monitor thread
-// is there, stopped for ever, and lets the others go. It returns the monitor's id.
-func prepare(pid int, seed uint64) (monitor int, err error) {
-	var status unix.WaitStatus
-	if _, err := unix.Wait4(pid, &status, 0, nil); err != nil || !status.Stopped() {
-		return 0, fmt.Errorf("wait for the child: %v %w", status, err)
-	}
-	if err := plant(pid, seed); err != nil {
-		return 0, fmt.Errorf("plant the seed: %w", err)
-	}
-	if err := settleOn(pid, int(seed)); err != nil {
-		return 0, fmt.Errorf("give the child one processor: %w", err)
-	}
-	// With EXITKILL, a child never outlives who started it.
-	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_TRACECLONE|unix.PTRACE_O_EXITKILL); err != nil {
-		return 0, fmt.Errorf("trace the child: %w", err)
-	}
-	for signal := 0; ; {
-		if err := unix.PtraceCont(pid, signal); err != nil {
-			return 0, fmt.Errorf("let the child go on: %w", err)
-		}
-		if _, err := unix.Wait4(pid, &status, unix.WALL, nil); err != nil || !status.Stopped() {
-			return 0, fmt.Errorf("wait for the child's monitor: %v %w", status, err)
-		}
-		if status.TrapCause() == unix.PTRACE_EVENT_CLONE {
-			break // the first thread that the runtime starts
-		}
-		signal = int(status.StopSignal())
-	}
-	id, err := unix.PtraceGetEventMsg(pid)
-	if err != nil {
-		return 0, fmt.Errorf("find the child's monitor: %w", err)
-	}
-	if _, err := unix.Wait4(int(id), &status, unix.WALL, nil); err != nil {
-		return 0, fmt.Errorf("stop the child's monitor: %w", err)
-	}
-	if err := unix.PtraceDetach(pid); err != nil {
-		return 0, fmt.Errorf("let the child go: %w", err)
-	}
-	return int(id), nil
-}
-
-// settleOn keeps a process on one processor, and lets none of its threads interrupt
-// another one: how many threads the runtime starts would depend on that.
-func settleOn(pid, n int) error {
-	var have unix.CPUSet
-	if err := unix.SchedGetaffinity(pid, &have); err != nil {
-		return err
-	}
-	n %= have.Count()
-	for cpu := 0; ; cpu++ {
-		if !have.IsSet(cpu) {
-			continue
-		}
-		if n == 0 {
-			var one unix.CPUSet
-			one.Set(cpu)
-			if err := unix.SchedSetaffinity(pid, &one); err != nil {
-				return err
-			}
-			break
-		}
-		n--
-	}
-	const batch = 3 // SCHED_BATCH
-	var priority int32
-	if _, _, errno := unix.Syscall(unix.SYS_SCHED_SETSCHEDULER, uintptr(pid), batch, uintptr(unsafe.Pointer(&priority))); errno != 0 {
-		return errno
-	}
-	return nil
-}
-
-// plant overwrites the 16 random bytes that the kernel gives a program.
-func plant(pid int, seed uint64) error {
-	vector, err := os.ReadFile(fmt.Sprintf("/proc/%d/auxv", pid))
-	if err != nil {
-		return err
-	}
-	const atRandom = 25
-	for ; len(vector) >= 16; vector = vector[16:] {
-		if binary.NativeEndian.Uint64(vector) != atRandom {
-			continue
-		}
-		bytes := binary.LittleEndian.AppendUint64(binary.LittleEndian.AppendUint64(nil, seed+1), ^seed)
-		_, err := unix.PtracePokeData(pid, uintptr(binary.NativeEndian.Uint64(vector[8:])), bytes)
-		return err
-	}
-	return errors.New("the kernel gave no random bytes")
 }

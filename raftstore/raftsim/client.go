@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -45,6 +46,7 @@ type operation struct {
 	names     []string
 	value     string // that a writer writes
 	expect    uint64 // revision that a compare-and-set needs
+	large     bool   // travels in parts
 	call, end int64  // on the common order of all clients
 
 	outcome  outcome
@@ -145,7 +147,7 @@ func (c *client) draw() *operation {
 		o.verb = remove
 	default:
 		a, b := pair(c.rnd.IntN(pairs))
-		o.verb, o.names = both, []string{a, b}
+		o.verb, o.names, o.large = both, []string{a, b}, chance(c.rnd, 0.5)
 	}
 	if o.verb == get || o.verb == list || o.verb == remove {
 		o.value = ""
@@ -200,6 +202,9 @@ func (c *client) read(ctx context.Context, o *operation) {
 // write tries until the outcome is known, or it has tried often enough.
 func (c *client) write(ctx context.Context, o *operation) {
 	txn := command.Txn{Actor: "user/sim", Mutations: o.mutations()}
+	if o.large {
+		c.cluster.nemesis.count("large transaction")
+	}
 	keyed := chance(c.rnd, 0.9)
 	if keyed {
 		txn.Key = "key-" + o.value + "-" + fmt.Sprint(o.call)
@@ -233,6 +238,8 @@ func (c *client) try(ctx context.Context, r *run, o *operation, txn command.Txn)
 	case r.dead.Load():
 		o.outcome = unknown
 		return unknown
+	case errors.Is(err, command.ErrFormat), result.Rejected != nil && result.Rejected.Code == command.Busy:
+		return unknown // a part was refused, so the whole cannot have happened
 	case err != nil && errors.Is(err, raftstore.ErrNotLeader) && !errors.Is(err, raftstore.ErrLeadershipLost):
 		return unknown // nothing happened this time
 	case err != nil:
@@ -243,6 +250,9 @@ func (c *client) try(ctx context.Context, r *run, o *operation, txn command.Txn)
 	case result.Rejected != nil:
 		o.outcome, o.code = rejected, result.Rejected.Code
 		return rejected
+	}
+	if o.large {
+		c.cluster.nemesis.count("large transaction done")
 	}
 	o.outcome, o.revision = done, result.Revision
 	for _, name := range o.names {
@@ -255,7 +265,11 @@ func (c *client) try(ctx context.Context, r *run, o *operation, txn command.Txn)
 func (o *operation) mutations() []api.Mutation {
 	var ms []api.Mutation
 	for _, name := range o.names {
-		m := api.Mutation{Verb: api.Update, Object: object(name, o.value), Revision: o.expect}
+		content := object(name, o.value)
+		if o.large {
+			content.Data["more"] = strings.Repeat(o.value+" ", 3*wholeBytes/len(o.value))
+		}
+		m := api.Mutation{Verb: api.Update, Object: content, Revision: o.expect}
 		m.Key = api.KeyOf(m.Object)
 		switch o.verb {
 		case create:
@@ -278,11 +292,15 @@ func object(name, value string) *corev1.ConfigMap {
 
 // prepare waits for the cluster and makes the objects.
 func (c *cluster) prepare() bool {
-	r := c.servers[c.rnd.IntN(c.size)].current()
+	r := c.servers[0].current()
 	ctx, cancel := context.WithTimeout(c.ctx, time.Minute)
 	defer cancel()
 	if err := r.store.WaitReady(ctx); err != nil {
 		c.fail("a new cluster: %v", err)
+		return false
+	}
+	if err := c.grow(ctx); err != nil {
+		c.fail("a cluster that grows: %v", err)
 		return false
 	}
 	txn := command.Txn{Key: "prepare", Actor: "user/sim"}

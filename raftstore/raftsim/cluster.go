@@ -11,9 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/hashicorp/raft"
-
 	"decree.dev/decree/raftstore"
+	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/state"
 )
 
@@ -57,22 +56,15 @@ func newCluster(o Options) *cluster {
 	c.nemesis = newNemesis(c)
 	for i := range c.size + 1 {
 		id := fmt.Sprint("s", i)
-		s := &server{cluster: c, id: id, first: i < c.size, disk: newDisk(id, stream(o.Seed, "disk "+id), c.trace)}
+		s := &server{cluster: c, id: id, first: i == 0, disk: newDisk(id, stream(o.Seed, "disk "+id), c.trace)}
 		s.disk.lies = o.LyingDisks
+		s.format.Store(command.Newest)
+		if o.Upgrade {
+			s.format.Store(command.Newest - 1)
+		}
 		c.servers = append(c.servers, s)
 	}
 	return c
-}
-
-// founders are the first servers.
-func (c *cluster) founders() []raft.Server {
-	var list []raft.Server
-	for _, s := range c.servers {
-		if s.first {
-			list = append(list, raft.Server{ID: raft.ServerID(s.id), Address: s.address()})
-		}
-	}
-	return list
 }
 
 // fail notes that a check did not hold.

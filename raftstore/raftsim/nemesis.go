@@ -4,10 +4,12 @@ import (
 	"context"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
 	"decree.dev/decree/raftstore"
+	"decree.dev/decree/raftstore/command"
 )
 
 // nemesis makes the faults.
@@ -41,6 +43,9 @@ func newNemesis(c *cluster) *nemesis {
 		}
 	}
 	n.faults = append(n.faults, fault{"mend", n.mend})
+	if c.options.Upgrade {
+		n.faults = append(n.faults, slices.Repeat([]fault{{"upgrade", n.upgrade}}, 2+len(n.faults)/3)...)
+	}
 	return n
 }
 
@@ -72,6 +77,9 @@ func (n *nemesis) heal() {
 	c.net.heal(true)
 	for _, s := range c.servers {
 		s.setDisk(false, 0)
+		if s.format.Swap(command.Newest) != command.Newest {
+			s.restart()
+		}
 		if err := s.start(); err != nil {
 			c.fail("%v", err)
 		}
@@ -160,14 +168,18 @@ func (n *nemesis) crashAll(ctx context.Context) {
 	}
 }
 
-func (n *nemesis) restart(ctx context.Context) {
-	s := n.server()
-	n.calls.Go(func() {
-		s.stop()
-		if err := s.start(); err != nil {
-			n.cluster.fail("%v", err)
+func (n *nemesis) restart(context.Context) {
+	n.calls.Go(n.server().restart)
+}
+
+// upgrade restarts a server as the next version, if there is one left to upgrade.
+func (n *nemesis) upgrade(context.Context) {
+	for _, s := range n.cluster.servers {
+		if s.format.Swap(command.Newest) != command.Newest {
+			n.calls.Go(s.restart)
+			return
 		}
-	})
+	}
 }
 
 func (n *nemesis) slowDisk(ctx context.Context) {
@@ -203,12 +215,18 @@ func (n *nemesis) transfer(ctx context.Context) {
 	n.onLeader(ctx, "transfer to "+to, func(ctx context.Context, s *raftstore.Store) error { return s.TransferLeadership(ctx, to) })
 }
 
-// join adds a server, or gives a vote to one that has none.
+// join adds a server, or gives a vote to one that has none. It is of the newest version
+// around: an older one may not be able to read what the log holds.
 func (n *nemesis) join(ctx context.Context) {
 	s := n.server()
+	for _, other := range n.cluster.servers {
+		if newest := other.format.Load(); s.format.Swap(max(newest, s.format.Load())) < newest {
+			n.calls.Go(s.restart)
+		}
+	}
 	voter := chance(n.rnd, 0.7)
 	n.onLeader(ctx, fmt.Sprint("join ", s.id, " ", voter), func(ctx context.Context, lead *raftstore.Store) error {
-		return lead.SetMember(ctx, raftstore.Member{ID: s.id, Address: s.id, Voter: voter})
+		return s.admit(ctx, lead, voter)
 	})
 }
 

@@ -23,6 +23,10 @@ type Options struct {
 	Dir string
 	// Faults is how long clients work and faults happen, in fake time; 8 s when zero.
 	Faults time.Duration
+	// Upgrade lets all servers begin as the version before this one, and upgrades them one
+	// by one. It needs the tag decree_next_format: a cluster of several servers has had
+	// log format 2 from its beginning.
+	Upgrade bool
 	// LyingDisks acknowledge writes before they are durable, and lose them in a crash.
 	// The checks must find that.
 	LyingDisks bool

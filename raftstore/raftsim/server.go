@@ -21,7 +21,8 @@ import (
 type server struct {
 	cluster *cluster
 	id      string
-	first   bool         // one of the first servers of the cluster
+	first   bool         // founds the cluster; the others join
+	format  atomic.Int64 // the newest log format that the version of its next run knows
 	clock   atomic.Int64 // how far its clock is off, in nanoseconds
 
 	// mu is never held while fake time passes: in a bubble, waiting for a mutex is not
@@ -38,6 +39,7 @@ type server struct {
 type run struct {
 	server *server
 	store  *raftstore.Store
+	format int
 	wire   *wire
 	told   uint64      // up to here the recorder knows; guarded by its mutex
 	dead   atomic.Bool // it crashed: nobody hears of what it still does
@@ -104,7 +106,7 @@ func (s *server) start() error {
 	dir, err := s.folder()
 	disk := s.disk
 	s.mu.Unlock()
-	r := &run{server: s, wire: newWire(s.cluster.net, s), closed: make(chan struct{})}
+	r := &run{server: s, format: int(s.format.Load()), wire: newWire(s.cluster.net, s), closed: make(chan struct{})}
 	if err == nil {
 		r.store, err = raftstore.Open(s.config(r, dir, disk))
 	}
@@ -120,8 +122,15 @@ func (s *server) start() error {
 	c.net.plug(s.address(), r.wire)
 	c.trace.add("%s started", s.id)
 	c.work.Go(func() { c.recorder.follow(r) })
+	c.work.Go(func() { r.announce() })
 	return nil
 }
+
+// What is larger than wholeBytes travels in parts of partBytes.
+const (
+	wholeBytes = 600
+	partBytes  = 400
+)
 
 func (s *server) config(r *run, dir string, d *disk) raftstore.Config {
 	c := s.cluster
@@ -129,10 +138,10 @@ func (s *server) config(r *run, dir string, d *disk) raftstore.Config {
 		Dir: dir, NodeID: s.id, Transport: r.wire, Peers: &peers{r}, Storage: d.storage, Logger: c.logger(s.id),
 		Fatal:             func(err error) { c.fail("%s stopped for good: %v", s.id, err) },
 		SnapshotThreshold: c.snapshotThreshold, SnapshotInterval: 700 * time.Millisecond, TrailingLogs: c.trailingLogs,
-		HistoryEvents: c.historyEvents,
+		HistoryEvents: c.historyEvents, Format: r.format, WholeBytes: wholeBytes, PartBytes: partBytes,
 	}
 	if s.first {
-		cfg.Bootstrap, cfg.Servers = settings(), c.founders()
+		cfg.Bootstrap = settings()
 	}
 	return cfg
 }
@@ -179,6 +188,14 @@ func (s *server) stop() {
 	}
 	if s.current() == r {
 		s.crash()
+	}
+}
+
+// restart stops the server in an orderly way, and starts it again.
+func (s *server) restart() {
+	s.stop()
+	if err := s.start(); err != nil {
+		s.cluster.fail("%v", err)
 	}
 }
 
