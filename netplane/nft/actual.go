@@ -5,14 +5,13 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/fnv"
 	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 
 	"decree.dev/decree/netplane/render"
+	"decree.dev/decree/netplane/ruleset"
 	"decree.dev/decree/netplane/wire"
 )
 
@@ -27,20 +26,6 @@ type actual struct {
 	// byPort are the elements of each service; rest all others.
 	byPort map[render.Port][]element
 	rest   []element
-}
-
-// tag marks a rule with a hash of what it should do, to find out later whether
-// what is there came from this code.
-func tag(f *family, rule []expr.Any) ([]byte, error) {
-	h := fnv.New64a()
-	for _, e := range rule {
-		b, err := expr.Marshal(byte(f.nf), e)
-		if err != nil {
-			return nil, fmt.Errorf("encode %T: %w", e, err)
-		}
-		h.Write(b)
-	}
-	return fmt.Appendf([]byte{0, 24}, "decree %016x\x00", h.Sum64()), nil
 }
 
 // readAttempts bounds how often a table is read that changes meanwhile. Any
@@ -138,7 +123,7 @@ func (s *Services) checkChains(f *family, t *nftables.Table, balancers map[strin
 			found[c.Name] = c
 		}
 	}
-	tags, err := s.wire.ruleTags(f, t.Name)
+	tags, err := ruleset.Tags(s.wire.Conn, uint8(f.nf), t.Name)
 	if err != nil {
 		return false, fmt.Errorf("read rules of %s %s: %w", f.name, t.Name, err)
 	}
@@ -147,7 +132,7 @@ func (s *Services) checkChains(f *family, t *nftables.Table, balancers map[strin
 		if have == nil || (have.Hooknum == nil) != (want.hook == nil) {
 			return false, nil
 		}
-		if ok, err := sameRules(f, tags[want.name], &want); err != nil || !ok {
+		if ok, err := ruleset.Tagged(uint8(f.nf), tags[want.name], want.rules); err != nil || !ok {
 			return false, err
 		}
 		delete(found, want.name)
@@ -158,25 +143,8 @@ func (s *Services) checkChains(f *family, t *nftables.Table, balancers map[strin
 			return false, nil // not ours
 		}
 		want := f.balancerChain(b)
-		if balancers[name], err = sameRules(f, tags[name], &want); err != nil {
+		if balancers[name], err = ruleset.Tagged(uint8(f.nf), tags[name], want.rules); err != nil {
 			return false, err
-		}
-	}
-	return true, nil
-}
-
-// sameRules reports whether a chain has the rules that it should have.
-func sameRules(f *family, tags []string, want *chain) (bool, error) {
-	if len(tags) != len(want.rules) {
-		return false, nil
-	}
-	for i := range tags {
-		tag, err := tag(f, want.rules[i])
-		if err != nil {
-			return false, err
-		}
-		if tags[i] != string(tag) {
-			return false, nil
 		}
 	}
 	return true, nil

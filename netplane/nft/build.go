@@ -13,6 +13,7 @@ import (
 	"github.com/google/nftables/binaryutil"
 
 	"decree.dev/decree/netplane/render"
+	"decree.dev/decree/netplane/ruleset"
 )
 
 // uses reports whether t has anything of the family.
@@ -58,11 +59,11 @@ func (s *Services) addChain(f *family, t *nftables.Table, c *chain) error {
 	}
 	s.conn.AddChain(nc)
 	for _, exprs := range c.rules {
-		tag, err := tag(f, exprs)
+		tag, err := ruleset.Tag(uint8(f.nf), exprs)
 		if err != nil {
 			return fmt.Errorf("chain %s: %w", c.name, err)
 		}
-		s.conn.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: exprs, UserData: tag})
+		s.conn.AddRule(&nftables.Rule{Table: t, Chain: nc, Exprs: exprs, UserData: []byte(tag)})
 	}
 	return nil
 }

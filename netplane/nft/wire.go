@@ -132,29 +132,6 @@ func (w *elementWire) verdict(chain string) {
 	w.Unnest(verdict)
 }
 
-// ruleTags returns the user data of the rules of each chain of a table, in order.
-// The netlink library decodes the rules' expressions too, and not all of them.
-func (w *elementWire) ruleTags(f *family, table string) (map[string][]string, error) {
-	w.Reset()
-	at, _ := w.message(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_GETRULE, unix.NLM_F_DUMP, uint8(f.nf), 0)
-	w.Attr(unix.NFTA_RULE_TABLE, table+"\x00")
-	w.End(at)
-	tags := map[string][]string{}
-	err := w.Dump(unix.NFNL_SUBSYS_NFTABLES<<8|unix.NFT_MSG_NEWRULE, func(body []byte) {
-		chain, tag := "", ""
-		wire.Attributes(body, func(kind uint16, v []byte) {
-			switch kind {
-			case unix.NFTA_RULE_CHAIN:
-				chain = string(bytes.TrimRight(v, "\x00"))
-			case unix.NFTA_RULE_USERDATA:
-				tag = string(v)
-			}
-		})
-		tags[chain] = append(tags[chain], tag)
-	})
-	return tags, err
-}
-
 // contents hands on the elements of a set. The kernel begins at the start of a set
 // for every datagram, so that reading it in large ones matters.
 func (w *elementWire) contents(f *family, table string, id setID, each func(element)) error {

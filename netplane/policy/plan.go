@@ -220,7 +220,7 @@ func (p *planner) ports(np *networkingv1.NetworkPolicyPort) (Ports, bool) {
 	proto := render.TCP
 	if np.Protocol != nil {
 		var ok bool
-		if proto, ok = protocol(*np.Protocol); !ok {
+		if proto, ok = render.ProtoOf(*np.Protocol); !ok {
 			return Ports{}, false
 		}
 	}

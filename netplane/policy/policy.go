@@ -70,7 +70,7 @@ func PodOf(p *corev1.Pod) (Pod, bool) {
 	for _, cs := range [][]corev1.Container{p.Spec.InitContainers, p.Spec.Containers} {
 		for i := range cs {
 			for _, port := range cs[i].Ports {
-				if proto, ok := protocol(port.Protocol); ok && port.Name != "" && port.ContainerPort >= 1 && port.ContainerPort <= 65535 {
+				if proto, ok := render.ProtoOf(port.Protocol); ok && port.Name != "" && port.ContainerPort >= 1 && port.ContainerPort <= 65535 {
 					out.Ports = append(out.Ports, NamedPort{port.Name, proto, uint16(port.ContainerPort)})
 				}
 			}
@@ -169,18 +169,6 @@ func (p *Plan) Find(a netip.Addr) (*Subject, bool) {
 		return nil, false
 	}
 	return &p.Subjects[i], true
-}
-
-func protocol(p corev1.Protocol) (render.Proto, bool) {
-	switch p {
-	case corev1.ProtocolTCP, "":
-		return render.TCP, true
-	case corev1.ProtocolUDP:
-		return render.UDP, true
-	case corev1.ProtocolSCTP:
-		return render.SCTP, true
-	}
-	return 0, false
 }
 
 // Types says which directions a policy isolates; what it leaves out is what Kubernetes

@@ -1,12 +1,11 @@
 package render
 
 import (
-	"bytes"
 	"cmp"
-	"crypto/sha256"
 	"net/netip"
 	"slices"
 
+	"github.com/cespare/xxhash/v2"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 )
@@ -31,13 +30,16 @@ type Announcement struct {
 // Local, when it also has a ready endpoint of the address's family. An address that two
 // services name is that of the first by namespace and name.
 func Announcements(d Desired) []Announcement {
+	services := slices.DeleteFunc(slices.Clone(d.Services), func(svc *corev1.Service) bool {
+		return svc.Spec.Type != corev1.ServiceTypeLoadBalancer || len(svc.Status.LoadBalancer.Ingress) == 0
+	})
+	if len(services) == 0 {
+		return nil
+	}
 	nodes := announcers(d.Nodes)
-	bySvc := slicesByService(d.Slices)
+	var bySvc map[name][]*discoveryv1.EndpointSlice // made when it is needed
 	var out []Announcement
-	for _, svc := range d.Services {
-		if svc.Spec.Type != corev1.ServiceTypeLoadBalancer {
-			continue
-		}
+	for _, svc := range services {
 		for _, text := range ingress(svc) {
 			a, err := netip.ParseAddr(text)
 			if err != nil || a.Zone() != "" {
@@ -46,6 +48,9 @@ func Announcements(d Desired) []Announcement {
 			a = a.Unmap()
 			able := func(string) bool { return true }
 			if svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal {
+				if bySvc == nil {
+					bySvc = slicesByService(d.Slices)
+				}
 				local := serving(bySvc[name{svc.Namespace, svc.Name}], a.Is4())
 				able = func(node string) bool { return local[node] }
 			}
@@ -105,15 +110,16 @@ func serving(eps []*discoveryv1.EndpointSlice, v4 bool) map[string]bool {
 	return out
 }
 
-// elect is the able node that ranks first for svc.
+// elect is the able node that ranks first for svc. It is asked whenever anything changes,
+// for every service and node: hence a hash that is quick, the same on every node.
 func elect(svc *corev1.Service, nodes []string, able func(string) bool) (first string) {
-	var best [sha256.Size]byte
+	var best uint64
+	key := slices.Grow([]byte(svc.Namespace+"\x00"+svc.Name+"\x00"), 64)
 	for _, n := range nodes {
 		if !able(n) {
 			continue
 		}
-		rank := sha256.Sum256([]byte(svc.Namespace + "\x00" + svc.Name + "\x00" + n))
-		if first == "" || bytes.Compare(rank[:], best[:]) > 0 {
+		if rank := xxhash.Sum64(append(key, n...)); first == "" || rank > best || rank == best && n < first {
 			first, best = n, rank
 		}
 	}

@@ -206,7 +206,7 @@ func slicePort(s *discoveryv1.EndpointSlice, port string, proto Proto) (uint16, 
 		}
 		pp := TCP
 		if p.Protocol != nil {
-			pp, _ = protocol(*p.Protocol)
+			pp, _ = ProtoOf(*p.Protocol)
 		}
 		if pn == port && pp == proto {
 			return uint16(*p.Port), true

@@ -42,7 +42,7 @@ func hasHostPorts(s *corev1.PodSpec) bool {
 }
 
 func (r *renderer) hostPort(pod *corev1.Pod, p *corev1.ContainerPort) {
-	proto, ok := protocol(p.Protocol)
+	proto, ok := ProtoOf(p.Protocol)
 	if !ok || p.HostPort < 1 || p.HostPort > 65535 || p.ContainerPort < 1 || p.ContainerPort > 65535 {
 		return
 	}

@@ -9,7 +9,7 @@ import (
 )
 
 // Peer is a node as others reach it: its own addresses, in the order in which its agent
-// names them, and where its pods are.
+// names them, and where its pods are, the primary family first.
 type Peer struct {
 	Node  string
 	Addrs []netip.Addr
@@ -24,7 +24,7 @@ func (p Peer) Equal(q Peer) bool {
 // Peers returns d's own node and, in the order of their names, all others that have
 // addresses and pods.
 func Peers(d Desired) (self Peer, others []Peer) {
-	self = Peer{Node: d.Node, Pods: prefixes(d.PodCIDRs)}
+	self = Peer{Node: d.Node, Pods: ranges(d.PodCIDRs)}
 	for _, n := range d.Nodes {
 		p := peerOf(n)
 		switch {
@@ -46,8 +46,18 @@ func peerOf(n *corev1.Node) Peer {
 			pods = append(pods, cidr)
 		}
 	}
-	p.Pods = prefixes(pods)
+	p.Pods = ranges(pods)
 	return p
+}
+
+// ranges are the pod ranges of a node, masked, in the order that they are given in.
+func ranges(ps []netip.Prefix) (out []netip.Prefix) {
+	for _, p := range ps {
+		if p.IsValid() && !slices.Contains(out, p.Masked()) {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
 }
 
 // lost are the pods of nodes that are known not to be ready; of those whose condition

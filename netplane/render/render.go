@@ -153,7 +153,7 @@ func (r *renderer) add(svc *corev1.Service, eps []*discoveryv1.EndpointSlice) {
 		}
 		for i := range svc.Spec.Ports {
 			p := &svc.Spec.Ports[i]
-			if proto, ok := protocol(p.Protocol); ok && p.Port >= 1 && p.Port <= 65535 {
+			if proto, ok := ProtoOf(p.Protocol); ok && p.Port >= 1 && p.Port <= 65535 {
 				r.addPort(svc, p, Port{Proto: proto, Port: uint16(p.Port)}, ips, r.reachable(svc, eps, v4, p.Name, proto))
 			}
 		}
@@ -262,7 +262,8 @@ func ClusterIPs(svc *corev1.Service) []netip.Addr {
 	return out
 }
 
-func protocol(p corev1.Protocol) (Proto, bool) {
+// ProtoOf returns the number of a protocol that ports may have; TCP when p is empty.
+func ProtoOf(p corev1.Protocol) (Proto, bool) {
 	switch p {
 	case corev1.ProtocolTCP, "":
 		return TCP, true

@@ -249,3 +249,13 @@ func TestScheduler(t *testing.T) {
 		}
 	}
 }
+
+// TestPeersOrder: the primary family of a node's pods stays the first, as a pod's first
+// address is of it.
+func TestPeersOrder(t *testing.T) {
+	d := Desired{Node: "a", PodCIDRs: []netip.Prefix{netip.MustParsePrefix("fd98::1/64"), netip.MustParsePrefix("10.98.0.0/24"), {}, netip.MustParsePrefix("fd98::/64")}}
+	self, _ := Peers(d)
+	if got := fmt.Sprint(self.Pods); got != "[fd98::/64 10.98.0.0/24]" {
+		t.Error(got)
+	}
+}

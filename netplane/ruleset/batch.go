@@ -123,7 +123,7 @@ func (b *batch) newChain(name string, hook *Hook) {
 
 func (b *batch) newRule(chain string, rule []expr.Any) error {
 	c, f := b.k.c, b.k.f
-	mark, err := tag(f, rule)
+	mark, err := Tag(f.Number, rule)
 	if err != nil {
 		return fmt.Errorf("chain %s: %w", chain, err)
 	}

@@ -176,7 +176,7 @@ func (k *Kernel) readChains(have, want *Table) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	tags, err := k.ruleTags()
+	tags, err := Tags(k.c, k.f.Number, k.name)
 	if err != nil {
 		return false, err
 	}
@@ -198,15 +198,10 @@ func (k *Kernel) readChains(have, want *Table) (bool, error) {
 }
 
 func (k *Kernel) same(hook *Hook, tags []string, want *Chain) (bool, error) {
-	if (hook == nil) != (want.Hook == nil) || hook != nil && *hook != *want.Hook || len(tags) != len(want.Rules) {
+	if (hook == nil) != (want.Hook == nil) || hook != nil && *hook != *want.Hook {
 		return false, nil
 	}
-	for i, rule := range want.Rules {
-		if t, err := tag(k.f, rule); err != nil || t != tags[i] {
-			return false, err
-		}
-	}
-	return true, nil
+	return Tagged(k.f.Number, tags, want.Rules)
 }
 
 func hookOf(v []byte) *Hook {
@@ -220,24 +215,6 @@ func hookOf(v []byte) *Hook {
 		}
 	})
 	return h
-}
-
-// ruleTags are those of the rules of each chain, in order.
-func (k *Kernel) ruleTags() (map[string][]string, error) {
-	tags := map[string][]string{}
-	err := k.dump(unix.NFT_MSG_GETRULE, unix.NFT_MSG_NEWRULE, unix.NFTA_RULE_TABLE, "", func(body []byte) {
-		chain, tag := "", ""
-		wire.Attributes(body, func(kind uint16, v []byte) {
-			switch kind {
-			case unix.NFTA_RULE_CHAIN:
-				chain = textOf(v)
-			case unix.NFTA_RULE_USERDATA:
-				tag = string(v)
-			}
-		})
-		tags[chain] = append(tags[chain], tag)
-	})
-	return tags, err
 }
 
 // readElements loads a set; false means that it holds what it cannot.

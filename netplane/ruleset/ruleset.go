@@ -9,8 +9,6 @@ package ruleset
 
 import (
 	"cmp"
-	"fmt"
-	"hash/fnv"
 	"net/netip"
 	"slices"
 
@@ -99,20 +97,6 @@ type Chain struct {
 type Table struct {
 	Sets   map[string]*Set
 	Chains map[string]*Chain
-}
-
-// tag marks a rule with a hash of what it should do, to find out later whether what is
-// there came from this code. It is a comment for people who list the rules.
-func tag(f *Family, rule []expr.Any) (string, error) {
-	h := fnv.New64a()
-	for _, e := range rule {
-		b, err := expr.Marshal(f.Number, e)
-		if err != nil {
-			return "", fmt.Errorf("encode %T: %w", e, err)
-		}
-		h.Write(b)
-	}
-	return string(fmt.Appendf([]byte{0, 24}, "decree %016x\x00", h.Sum64())), nil
 }
 
 // change is the difference of two sets.

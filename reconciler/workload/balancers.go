@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -223,28 +224,17 @@ func (b *balance) free(w *balanced, family corev1.IPFamily) netip.Addr {
 					return a
 				}
 			}
-			if !slices.Contains(full, p.Name) {
-				full = append(full, p.Name)
+			if named := fmt.Sprintf("addresspools %q", p.Name); !slices.Contains(full, named) {
+				full = append(full, named)
 			}
 		}
 	}
 	if len(full) > 0 {
-		w.lack("AddressPoolExhausted", "no %s address is left in %s", family, joinNames(full))
+		w.lack("AddressPoolExhausted", "no %s address is left in %s", family, strings.Join(full, ", "))
 	} else {
 		w.lack("NoAddressPool", "no AddressPool has %s addresses for this service", family)
 	}
 	return netip.Addr{}
-}
-
-func joinNames(names []string) string {
-	out := ""
-	for i, n := range names {
-		if i > 0 {
-			out += ", "
-		}
-		out += fmt.Sprintf("addresspools %q", n)
-	}
-	return out
 }
 
 func (w *balanced) lack(reason, format string, args ...any) {

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"decree.dev/decree/cmd/decree/internal/daemon"
+	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/dns"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/schemas/compile"
@@ -26,6 +27,7 @@ type daemonFlags struct {
 	level, serviceCIDR, podCIDR, dns, nodePorts string
 	tokenFile                                   string
 	stubs                                       []string
+	backend                                     string
 }
 
 func upCmd(e *env) *cobra.Command {
@@ -120,6 +122,7 @@ func (d *daemonFlags) node(c *cobra.Command, cfg *daemon.Config) {
 	f := c.Flags()
 	f.StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
 	f.StringVar(&cfg.ResolvConf, "resolv-conf", "/etc/resolv.conf", "file with the name servers for names outside the cluster")
+	f.StringVar(&d.backend, "service-backend", "", "ipvs or nftables: what balances services (default: ipvs where the kernel has it); the next start with another one changes it, and connections go on")
 	f.StringArrayVar(&d.stubs, "dns-stub", nil, "DOMAIN=ADDRESS[:PORT][,...]: a domain with name servers of its own; may be repeated")
 }
 
@@ -173,6 +176,11 @@ func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 			return usageError{fmt.Errorf("--cluster-dns: %w", err)}
 		}
 		cfg.DNS = addr
+	}
+	switch cfg.Backend = netplane.Backend(d.backend); cfg.Backend {
+	case "", netplane.IPVS, netplane.NFTables:
+	default:
+		return usageError{fmt.Errorf("--service-backend %q: expected %s or %s", d.backend, netplane.IPVS, netplane.NFTables)}
 	}
 	for _, text := range d.stubs {
 		stub, err := dns.ParseStub(text)

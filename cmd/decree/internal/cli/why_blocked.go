@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net/http"
 	"net/netip"
 	"slices"
 	"strconv"
@@ -13,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 
+	"decree.dev/decree/cmd/decree/internal/daemon"
 	"decree.dev/decree/netplane/policy"
 	"decree.dev/decree/netplane/render"
 	"decree.dev/decree/raftstore/client"
@@ -40,9 +42,9 @@ the cluster. A port is a number, or the name that the pod has for it.`,
 			if err := checkOutput(output, "json"); err != nil {
 				return err
 			}
-			address, err := netip.ParseAddr(dns)
+			address, err := e.clusterDNS(c.Context(), dns)
 			if err != nil {
-				return usageError{fmt.Errorf("--dns %q: expected an address", dns)}
+				return err
 			}
 			k := known{dns: address, namespace: e.namespace}
 			cl, err := e.client()
@@ -70,8 +72,24 @@ the cluster. A port is a number, or the name that the pod has for it.`,
 	}
 	namespaceFlag(e, c)
 	c.Flags().StringVarP(&output, "output", "o", "", "json for everything")
-	c.Flags().StringVar(&dns, "dns", "10.97.0.10", "the cluster DNS address")
+	c.Flags().StringVar(&dns, "dns", "", "the cluster DNS address, for who may not ask the cluster")
 	return c
+}
+
+// clusterDNS is the address that text names, or the cluster's.
+func (e *env) clusterDNS(ctx context.Context, text string) (netip.Addr, error) {
+	if text != "" {
+		a, err := netip.ParseAddr(text)
+		if err != nil {
+			return a, usageError{fmt.Errorf("--dns %q: expected an address", text)}
+		}
+		return a, nil
+	}
+	var s daemon.Settings
+	if err := e.ask(ctx, http.MethodGet, "settings", nil, nil, &s); err != nil {
+		return netip.Addr{}, fmt.Errorf("ask for the cluster DNS address (--dns names it): %w", err)
+	}
+	return s.DNS, nil
 }
 
 // known is what the API says of everything that policies speak about.

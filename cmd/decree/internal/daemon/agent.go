@@ -120,7 +120,10 @@ func (c *Config) supervision() containerd.SupervisorConfig {
 
 // network says what the network of a node is made of.
 func (c *Config) network(metrics prometheus.Registerer) netplane.Config {
-	return netplane.Config{DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", ResolvConf: c.ResolvConf, Stubs: c.DNSStubs, Log: c.Log.With("part", "network"), Registerer: metrics}
+	return netplane.Config{
+		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
+		Log: c.Log.With("part", "network"), Registerer: metrics,
+	}
 }
 
 // openRuntime connects to containerd, starting it if it is ours.

@@ -18,6 +18,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/dns"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/membership"
@@ -71,8 +72,9 @@ type Config struct {
 	// NodePorts are the ports that services get on nodes; zero: the store's default.
 	NodePorts command.PortRange
 
-	ResolvConf string     // file with the name servers for names outside the cluster
-	DNSStubs   []dns.Stub // domains with name servers of their own
+	Backend    netplane.Backend // balances services; empty: what the kernel has
+	ResolvConf string           // file with the name servers for names outside the cluster
+	DNSStubs   []dns.Stub       // domains with name servers of their own
 
 	Log *slog.Logger
 }

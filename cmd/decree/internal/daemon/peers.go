@@ -16,8 +16,10 @@ import (
 // kept once there are policies.
 type peers struct {
 	mirror *client.Mirror
-	want   func()
+	want   func() // begins to keep it
 	wanted chan struct{}
+	// patient is closed peersPatience after that.
+	patient chan struct{}
 }
 
 func newPeers(cfg *Config, at controlPlaneAt) (*peers, error) {
@@ -25,8 +27,11 @@ func newPeers(cfg *Config, at controlPlaneAt) (*peers, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &peers{mirror: m, wanted: make(chan struct{})}
-	p.want = sync.OnceFunc(func() { close(p.wanted) })
+	p := &peers{mirror: m, wanted: make(chan struct{}), patient: make(chan struct{})}
+	p.want = sync.OnceFunc(func() {
+		close(p.wanted)
+		time.AfterFunc(peersPatience, func() { close(p.patient) })
+	})
 	return p, nil
 }
 
@@ -55,8 +60,8 @@ func (p *peers) run(ctx context.Context, changed chan<- struct{}) error {
 	return p.mirror.Run(ctx)
 }
 
-// peersPatience is how long the network waits for the pods of other nodes. Without them
-// their connections would be cut.
+// peersPatience is how long the network waits for the pods of other nodes, once. Without
+// them their connections would be cut.
 const peersPatience = 5 * time.Second
 
 // pods are those of this node in d, and all others as far as policies need them.
@@ -65,11 +70,9 @@ func (p *peers) pods(ctx context.Context, d *netplane.Desired) []*corev1.Pod {
 		return d.Pods
 	}
 	p.want()
-	patience := time.NewTimer(peersPatience)
-	defer patience.Stop()
 	select {
 	case <-p.mirror.Synced():
-	case <-patience.C:
+	case <-p.patient:
 	case <-ctx.Done():
 	}
 	out := d.Pods
