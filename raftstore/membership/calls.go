@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/raftstore"
+	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/raftstore/pki"
 	"decree.dev/decree/schemas/api"
@@ -98,7 +99,7 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 		if m == nil {
 			break
 		}
-		if err := k.propose(ctx, "server "+who.ID+" announces itself", *m); err != nil {
+		if err := k.propose(ctx, "server "+who.ID+" announces itself", *m); err != nil && !overtaken(err) {
 			return err
 		}
 	}
@@ -113,6 +114,14 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 
 // removedError says that a server was taken out of the cluster.
 type removedError struct{ server *api.Server }
+
+// overtaken says whether a write was refused because another one came first: what
+// to write is decided anew then. A server announces itself twice at the same time
+// when it has just become the leader.
+func overtaken(err error) bool {
+	rejected, ok := errors.AsType[*command.Rejection](err)
+	return ok && (rejected.Code == command.Exists || rejected.Code == command.NotFound || rejected.Code == command.Conflict)
+}
 
 const codeRemoved = "removed"
 

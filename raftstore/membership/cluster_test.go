@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -251,6 +252,24 @@ func three(t testing.TB) (*cluster, []*server) {
 	d.join(a, b)
 	until(t, "three servers vote", a, voters(3))
 	return c, []*server{a, b, d}
+}
+
+// TestAnnouncedTwice: announcements of one server that arrive at the same time are
+// all heard. A server that has just become the leader sends one and makes one.
+func TestAnnouncedTwice(t *testing.T) {
+	c := newCluster(t)
+	a := c.start("a", options{first: true})
+	if err := a.store.WaitReady(deadline(t)); err != nil {
+		t.Fatal(err)
+	}
+	var calls errgroup.Group
+	for range 16 {
+		calls.Go(func() error { return a.keeper.AdmitHere(deadline(t), a.keeper.Self()) })
+	}
+	if err := calls.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "one server votes", a, voters(1))
 }
 
 // TestEveryServerServes: proposals and linearizable reads work on followers.
