@@ -63,6 +63,14 @@ type Route struct {
 	Link int // index of the interface, Wrapped, Encrypted or Refused
 }
 
+// Encrypts returns to how many nodes packets are encrypted.
+func (p *Plan) Encrypts() int {
+	if p.Sealed == nil {
+		return 0
+	}
+	return len(p.Sealed.Peers)
+}
+
 // These stand for interfaces that may not exist yet.
 const (
 	Wrapped   = 0  // the Device
