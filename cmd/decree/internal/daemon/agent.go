@@ -254,7 +254,8 @@ func (n *node) tunnel(servers func() []string, keeper *pki.Keeper) func(context.
 	local.agent.Store(n.agent)
 	a := &tunnel.Agent{
 		Node: n.cfg.Node, Servers: servers, Local: local, Log: n.cfg.Log.With("part", "tunnel"),
-		TLS: func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) },
+		Streams: map[string]func(context.Context, io.ReadWriter) error{netcheckStream: n.plane.Check},
+		TLS:     func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) },
 	}
 	return a.Run
 }
@@ -300,6 +301,7 @@ func (n *node) close() {
 type nodes struct {
 	node      string
 	agent     atomic.Pointer[agent.Agent]
+	plane     atomic.Pointer[netplane.Plane]
 	elsewhere *tunnel.Server // nil: there are no others
 }
 
