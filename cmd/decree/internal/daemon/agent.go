@@ -175,11 +175,19 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 		return nil, err
 	}
 	n.agent, err = agent.New(agent.Config{
-		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"),
+		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"), Labels: cfg.labels(),
 		HostIPs: cfg.hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
 		Logger: cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
 	return n, err
+}
+
+// labels are those of this machine's node that the operator chose.
+func (c *Config) labels() map[string]string {
+	if c.Zone == "" {
+		return nil
+	}
+	return map[string]string{corev1.LabelTopologyZone: c.Zone}
 }
 
 // newMirror makes a local copy of some of the state, kept in a folder.
