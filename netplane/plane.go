@@ -116,6 +116,10 @@ type Plane struct {
 	health   *healthcheck.Server
 	callers  *announce.Announcer
 	metrics  *metrics
+	// checking has room for the checks of the network that run; swept is done once what
+	// earlier ones left is gone.
+	checking chan struct{}
+	swept    sync.Once
 	key      string // see PublicKey
 
 	mu   sync.Mutex
@@ -158,6 +162,7 @@ func New(cfg Config) (*Plane, error) {
 		key: wireguard.PublicKey(),
 		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(), overlay: overlay.New(cfg.Overlay),
 		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1), told: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
+		checking: make(chan struct{}, maxChecks),
 	}
 	if p.services, err = openBalancer(&p.cfg); err != nil {
 		return nil, fmt.Errorf("netplane: %w", err)
@@ -495,7 +500,7 @@ func (p *Plane) Purge(ctx context.Context) error {
 	p.checks, p.announced = nil, nil
 	p.answer(ctx)
 	cidrs, err := p.networks.PodCIDRs()
-	errs := []error{err, p.networks.Purge(ctx), p.services.Purge(ctx), p.policies.purge(ctx)}
+	errs := []error{err, p.removeCheckEnds(ctx), p.networks.Purge(ctx), p.services.Purge(ctx), p.policies.purge(ctx)}
 	errs = append(errs, netspace.Do(p.cfg.NetNS, func() error {
 		return errors.Join(p.overlay.Purge(), p.callers.Purge(), p.host.Links(cidrs), p.host.Restore())
 	}))

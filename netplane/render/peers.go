@@ -31,7 +31,7 @@ func (p Peer) Equal(q Peer) bool {
 func Peers(d Desired) (self Peer, others []Peer) {
 	self = Peer{Node: d.Node, Pods: ranges(d.PodCIDRs)}
 	for _, n := range d.Nodes {
-		p := peerOf(n)
+		p := PeerOf(n)
 		switch {
 		case n.Name == d.Node:
 			self.Addrs, self.Key = p.Addrs, p.Key
@@ -43,7 +43,8 @@ func Peers(d Desired) (self Peer, others []Peer) {
 	return self, others
 }
 
-func peerOf(n *corev1.Node) Peer {
+// PeerOf is how a node says that it is reached. What does not parse is left out.
+func PeerOf(n *corev1.Node) Peer {
 	p := Peer{Node: n.Name, Addrs: addresses(n, corev1.NodeInternalIP), Key: n.Annotations[api.AnnotationWireGuard]}
 	var pods []netip.Prefix
 	for _, text := range n.Spec.PodCIDRs {
@@ -72,7 +73,7 @@ func lost(d Desired) []netip.Prefix {
 	for _, n := range d.Nodes {
 		i := slices.IndexFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type == corev1.NodeReady })
 		if n.Name != d.Node && i >= 0 && n.Status.Conditions[i].Status != corev1.ConditionTrue {
-			out = append(out, peerOf(n).Pods...)
+			out = append(out, PeerOf(n).Pods...)
 		}
 	}
 	return prefixes(out)

@@ -120,6 +120,7 @@ server: containers are restarted, probes run, services answer.`,
 // node are the flags of machines that run containers.
 func (d *daemonFlags) node(c *cobra.Command, cfg *daemon.Config) {
 	f := c.Flags()
+	f.StringVar(&cfg.Zone, "zone", "", "the zone this machine is in (the node's label topology.kubernetes.io/zone), for services that prefer endpoints near by")
 	f.StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
 	f.StringVar(&cfg.ResolvConf, "resolv-conf", "/etc/resolv.conf", "file with the name servers for names outside the cluster")
 	f.StringVar(&d.backend, "service-backend", "", "ipvs or nftables: what balances services (default: ipvs where the kernel has it); the next start with another one changes it, and connections go on")

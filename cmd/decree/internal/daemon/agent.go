@@ -175,12 +175,20 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 		return nil, err
 	}
 	n.agent, err = agent.New(agent.Config{
-		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"),
+		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"), Labels: cfg.labels(),
 		HostIPs: cfg.hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
 		Annotations: map[string]string{api.AnnotationWireGuard: n.plane.PublicKey()},
 		Logger:      cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
 	return n, err
+}
+
+// labels are those of this machine's node that the operator chose.
+func (c *Config) labels() map[string]string {
+	if c.Zone == "" {
+		return nil
+	}
+	return map[string]string{corev1.LabelTopologyZone: c.Zone}
 }
 
 // newMirror makes a local copy of some of the state, kept in a folder.
@@ -255,7 +263,8 @@ func (n *node) tunnel(servers func() []string, keeper *pki.Keeper) func(context.
 	local.agent.Store(n.agent)
 	a := &tunnel.Agent{
 		Node: n.cfg.Node, Servers: servers, Local: local, Log: n.cfg.Log.With("part", "tunnel"),
-		TLS: func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) },
+		Streams: map[string]func(context.Context, io.ReadWriter) error{netcheckStream: n.plane.Check},
+		TLS:     func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) },
 	}
 	return a.Run
 }
@@ -301,6 +310,7 @@ func (n *node) close() {
 type nodes struct {
 	node      string
 	agent     atomic.Pointer[agent.Agent]
+	plane     atomic.Pointer[netplane.Plane]
 	elsewhere *tunnel.Server // nil: there are no others
 }
 
