@@ -139,7 +139,6 @@ func testServices(t *testing.T, f *fleet) {
 	f.service("alias", 7, 80, 80, func(s *corev1.Service) {
 		s.Spec.Type, s.Spec.ExternalName, s.Spec.ClusterIP, s.Spec.ClusterIPs = corev1.ServiceTypeExternalName, "web.default.svc.cluster.local", "", nil
 	})
-	f.nodes[last].object.Labels = map[string]string{corev1.LabelNodeExcludeBalancers: ""} // it is in another network
 	f.publish()
 	for i, n := range f.nets {
 		whole := fmt.Sprint("/", n.Addr[outside].BitLen())

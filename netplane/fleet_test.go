@@ -27,6 +27,7 @@ import (
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
 	"decree.dev/decree/netplane/render"
+	"decree.dev/decree/schemas/api"
 )
 
 // agentVariable makes this test binary the network half of an agent: see [runAgent].
@@ -176,7 +177,8 @@ func (f *fleet) node(n, network int) {
 	v4, v6 := fmt.Sprintf("192.168.%d.%d", network, n), fmt.Sprintf("fd00:%d::%d", network, n)
 	f.host(h, fmt.Sprint("br", network), v4, v6, nil)
 	node := &fleetNode{f: f, folder: f.t.TempDir(), object: &corev1.Node{
-		ObjectMeta: metav1.ObjectMeta{Name: string(h)}, Spec: corev1.NodeSpec{PodCIDRs: []string{fmt.Sprintf("10.98.%d.0/24", n), fmt.Sprintf("fd98:0:0:%d::/64", n)}},
+		ObjectMeta: metav1.ObjectMeta{Name: string(h), Annotations: map[string]string{api.AnnotationNetworks: fmt.Sprintf("192.168.%d.0/24,fd00:%d::/64", network, network)}},
+		Spec:       corev1.NodeSpec{PodCIDRs: []string{fmt.Sprintf("10.98.%d.0/24", n), fmt.Sprintf("fd98:0:0:%d::/64", n)}},
 		Status: corev1.NodeStatus{
 			Addresses:  []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: v4}, {Type: corev1.NodeInternalIP, Address: v6}},
 			Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: corev1.ConditionTrue}},
