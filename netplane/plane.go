@@ -122,8 +122,9 @@ type Plane struct {
 	swept    sync.Once
 	key      string // see PublicKey
 
-	mu   sync.Mutex
-	want *render.Table // nil before the first Set
+	mu     sync.Mutex
+	render render.Renderer
+	want   *render.Table // nil before the first Set
 	// self and peers are the nodes of the last Set, valid while want is.
 	self  render.Peer
 	peers []render.Peer
@@ -186,9 +187,9 @@ func (p *Plane) Close() error {
 // as it can when part of it does not work; the error says which part, and the next
 // Set tries all of it again.
 func (p *Plane) Set(ctx context.Context, d Desired) error {
-	table := render.Render(d)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	table := p.render.Render(d)
 	var errs []error
 	if p.want == nil || !p.want.SameConfig(table) {
 		errs = append(errs, p.prepare(&table))
