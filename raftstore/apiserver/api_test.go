@@ -554,6 +554,7 @@ func testSaysOfItself(t *testing.T, f *fixture, n1 *client.Client) {
 	stored, _ := api.Get[*corev1.Node](f.store.View(), "", "n1")
 	stored = api.Clone(stored)
 	stored.Labels, stored.Spec.Unschedulable = map[string]string{"by": "others"}, true
+	stored.Annotations = map[string]string{"by": "others", api.AnnotationWireGuard: "of before"}
 	f.apply(api.Mutation{Verb: api.Update, Key: api.KeyOf(stored), Object: stored})
 	said := newNode("n1") // as it was before
 	said.Labels = map[string]string{"topology.kubernetes.io/zone": "east", "node-restriction.kubernetes.io/trusted": "yes"}
@@ -570,7 +571,7 @@ func testSaysOfItself(t *testing.T, f *fixture, n1 *client.Client) {
 	if want := map[string]string{"by": "others", "topology.kubernetes.io/zone": "east"}; !maps.Equal(now.Labels, want) || !now.Spec.Unschedulable {
 		t.Errorf("labels %v, want %v; unschedulable %v", now.Labels, want, now.Spec.Unschedulable)
 	}
-	if want := map[string]string{api.AnnotationNetworks: "192.0.2.0/24"}; !maps.Equal(now.Annotations, want) {
+	if want := map[string]string{"by": "others", api.AnnotationNetworks: "192.0.2.0/24"}; !maps.Equal(now.Annotations, want) {
 		t.Errorf("annotations %v, want %v", now.Annotations, want)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"strings"
 	"time"
@@ -229,7 +230,7 @@ const (
 )
 
 // reportedNode lets a node make its own Node and report its status, and say more of itself in
-// labels and annotations. The rest of the object, and what others set in it, stays.
+// labels and its agent's annotations. The rest of the object, and what others set in it, stays.
 func reportedNode(view api.Reader, node string, m *api.Mutation) error {
 	if m.Key.Name != node {
 		return notReportable(node, m)
@@ -251,8 +252,10 @@ func reportedNode(view api.Reader, node string, m *api.Mutation) error {
 			metav1.SetMetaDataLabel(&now.ObjectMeta, k, v)
 		}
 	}
+	agents := func(k, _ string) bool { return strings.HasPrefix(k, agentAnnotations) }
+	maps.DeleteFunc(now.Annotations, agents) // what it does not say any more
 	for k, v := range said.Annotations {
-		if strings.HasPrefix(k, agentAnnotations) {
+		if agents(k, v) {
 			metav1.SetMetaDataAnnotation(&now.ObjectMeta, k, v)
 		}
 	}

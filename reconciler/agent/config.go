@@ -37,8 +37,10 @@ type Config struct {
 	// ResolvConf is the node's own; "/etc/resolv.conf" when empty.
 	ResolvConf string
 
-	// Labels and Annotations are put on the Node object; the well-known labels are too.
-	Labels, Annotations map[string]string
+	// Labels are put on the Node object besides the well-known ones.
+	Labels map[string]string
+	// Annotations are put on the Node object; those that are empty are taken off.
+	Annotations map[string]string
 	// Capacity replaces measured values by name (cpu, memory, …).
 	Capacity corev1.ResourceList
 	MaxPods  int64 // 110 when zero

@@ -203,6 +203,10 @@ func (a *Agent) reportNode(f facts, last *corev1.Node, lost error, since time.Ti
 	}
 	for k, v := range a.cfg.Annotations {
 		missing = missing || node.Annotations[k] != v
+		if v == "" {
+			delete(node.Annotations, k)
+			continue
+		}
 		metav1.SetMetaDataAnnotation(&node.ObjectMeta, k, v)
 	}
 	if last != nil {

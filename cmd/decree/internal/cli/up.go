@@ -124,6 +124,7 @@ func (d *daemonFlags) node(c *cobra.Command, cfg *daemon.Config) {
 	f.StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
 	f.StringVar(&cfg.ResolvConf, "resolv-conf", "/etc/resolv.conf", "file with the name servers for names outside the cluster")
 	f.StringVar(&d.backend, "service-backend", "", "ipvs or nftables: what balances services (default: ipvs where the kernel has it); the next start with another one changes it, and connections go on")
+	f.StringVar((*string)(&cfg.Encryption), "encryption", "off", "of what pods of different nodes say to each other, by WireGuard (UDP port 51820): on (with nodes that have it on too) or required (nodes that do not encrypt are not reached)")
 	f.StringArrayVar(&d.stubs, "dns-stub", nil, "DOMAIN=ADDRESS[:PORT][,...]: a domain with name servers of its own; may be repeated")
 }
 
@@ -182,6 +183,11 @@ func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 	case "", netplane.IPVS, netplane.NFTables:
 	default:
 		return usageError{fmt.Errorf("--service-backend %q: expected %s or %s", d.backend, netplane.IPVS, netplane.NFTables)}
+	}
+	switch cfg.Encryption {
+	case "", netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll:
+	default:
+		return usageError{fmt.Errorf("--encryption %q: expected %s, %s or %s", cfg.Encryption, netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll)}
 	}
 	for _, text := range d.stubs {
 		stub, err := dns.ParseStub(text)

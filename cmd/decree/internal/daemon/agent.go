@@ -122,7 +122,7 @@ func (c *Config) supervision() containerd.SupervisorConfig {
 // network says what the network of a node is made of.
 func (c *Config) network(metrics prometheus.Registerer) netplane.Config {
 	return netplane.Config{
-		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
+		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, Encryption: c.Encryption, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
 		Log: c.Log.With("part", "network"), Registerer: metrics,
 	}
 }
@@ -176,9 +176,10 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 		return nil, err
 	}
 	n.agent, err = agent.New(agent.Config{
-		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"), Labels: cfg.labels(), Annotations: map[string]string{api.AnnotationNetworks: cfg.networks()},
+		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"), Labels: cfg.labels(),
 		HostIPs: cfg.hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
-		Logger: cfg.Log.With("part", "agent"), Registerer: metrics,
+		Annotations: map[string]string{api.AnnotationWireGuard: n.plane.PublicKey(), api.AnnotationNetworks: cfg.networks()},
+		Logger:      cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
 	return n, err
 }

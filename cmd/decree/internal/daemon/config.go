@@ -75,8 +75,9 @@ type Config struct {
 	NodePorts command.PortRange
 
 	Backend    netplane.Backend // balances services; empty: what the kernel has
-	ResolvConf string           // file with the name servers for names outside the cluster
-	DNSStubs   []dns.Stub       // domains with name servers of their own
+	Encryption netplane.Encryption
+	ResolvConf string     // file with the name servers for names outside the cluster
+	DNSStubs   []dns.Stub // domains with name servers of their own
 
 	Log *slog.Logger
 }
