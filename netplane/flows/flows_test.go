@@ -6,7 +6,6 @@ import (
 	"os/exec"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -16,7 +15,7 @@ import (
 )
 
 // TestForget: flows of an address go in both families, whoever began them and whatever they are
-// called by; those of others stay; callers at the same time are all served.
+// called by; those of others stay.
 func TestForget(t *testing.T) {
 	path := netspacetest.Namespace(t, "node")
 	var own, others []string
@@ -48,18 +47,14 @@ table ip6 t { chain d { type filter hook output priority 0; ct state new accept;
 		}
 		return nil
 	})
-	s, err := New(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
 	// left are the flows that there are, as who sends to whom, and who really answers.
 	left := func() (out []string) {
 		for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-			all, err := s.handle.ConntrackTableList(netlink.ConntrackTable, family)
-			if err != nil {
-				t.Fatal(err)
-			}
+			var all []*netlink.ConntrackFlow
+			netspacetest.In(t, path, func() (err error) {
+				all, err = netlink.ConntrackTableList(netlink.ConntrackTable, family)
+				return err
+			})
 			for _, f := range all {
 				if f.Forward.Protocol == unix.IPPROTO_UDP {
 					out = append(out, f.Forward.SrcIP.String()+" "+f.Forward.DstIP.String()+" "+f.Reverse.SrcIP.String())
@@ -73,22 +68,16 @@ table ip6 t { chain d { type filter hook output priority 0; ct state new accept;
 	if want := 6; len(before) != want || !slices.Contains(before, "10.98.1.3 10.98.1.1 10.98.1.2") {
 		t.Fatalf("%d flows, want %d: %q", len(before), want, before)
 	}
-	if n, err := s.Forget(); n != 0 || err != nil {
+	if n, err := Forget(path); n != 0 || err != nil {
 		t.Errorf("nobody's: %d, %v", n, err)
 	}
-	var wg sync.WaitGroup
-	for _, text := range own {
-		wg.Go(func() {
-			if _, err := s.Forget(netip.MustParseAddr(text)); err != nil {
-				t.Error(err)
-			}
-		})
+	if n, err := Forget(path, netip.MustParseAddr(own[0]), netip.MustParseAddr(own[1])); n != 5 || err != nil {
+		t.Errorf("%d forgotten, %v", n, err)
 	}
-	wg.Wait()
 	if got := left(); !slices.Equal(got, []string{"fd98::3 fd98::1 fd98::1"}) {
 		t.Errorf("left: %q", got)
 	}
-	if n, err := s.Forget(netip.MustParseAddr(others[1])); n == 0 || err != nil || len(left()) > 0 {
+	if n, err := Forget(path, netip.MustParseAddr(others[1])); n != 1 || err != nil || len(left()) > 0 {
 		t.Errorf("the last one: %d, %v, %q", n, err, left())
 	}
 }
