@@ -152,6 +152,9 @@ func New(cfg Config) (*Plane, error) {
 	if cfg.DataDir == "" {
 		return nil, errors.New("netplane: DataDir is not set")
 	}
+	if err := cfg.IPVS.Validate(); err != nil {
+		return nil, fmt.Errorf("netplane: %w", err)
+	}
 	wireguard, why, err := cfg.wireguard()
 	if err != nil {
 		return nil, fmt.Errorf("netplane: %w", err)

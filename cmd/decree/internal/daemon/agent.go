@@ -122,7 +122,7 @@ func (c *Config) supervision() containerd.SupervisorConfig {
 // network says what the network of a node is made of.
 func (c *Config) network(metrics prometheus.Registerer) netplane.Config {
 	return netplane.Config{
-		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, Encryption: c.Encryption, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
+		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, IPVS: c.IPVS, Encryption: c.Encryption, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
 		Log: c.Log.With("part", "network"), Registerer: metrics,
 	}
 }
