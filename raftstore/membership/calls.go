@@ -88,13 +88,13 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 		if err != nil {
 			return err
 		}
-		if !k.isMember(who.ID) {
+		if !isMember(k.Store.Members(), who.ID) {
 			if err := k.Store.CheckFormat(who.ID, who.Format); err != nil {
 				return err
 			}
 		}
 		m, gone, err := admission(view, who)
-		if IsRemoved(err) && who.ID == k.Self().ID && k.isMember(who.ID) {
+		if IsRemoved(err) && who.ID == k.Self().ID && isMember(k.Store.Members(), who.ID) {
 			return nil // it leads, so it has to complete its own removal
 		}
 		if err != nil {
@@ -123,10 +123,6 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 }
 
 // isMember reports whether a server is in the configuration.
-func (k *Keeper) isMember(id string) bool {
-	return slices.ContainsFunc(k.Store.Members(), func(m raftstore.Member) bool { return m.ID == id })
-}
-
 // removedError says that a server was taken out of the cluster.
 type removedError struct{ server *api.Server }
 
@@ -145,15 +141,30 @@ func (e *removedError) Error() string {
 		e.server.Name, e.server.Status.Removed.UTC().Format(time.RFC3339))
 }
 
-// Removed returns what a server of a machine is told after it was taken out of the
-// cluster, an error for [IsRemoved]; nil: it was not. It is pure.
-func Removed(view api.Reader, node string) error {
+// Out returns what a server of a machine is told after it was taken out of the
+// cluster, an error for [IsRemoved]; nil: it was not. As long as it is a member it is
+// heard: it may be the one without which its removal cannot be completed. It is pure.
+func Out(view api.Reader, members []raftstore.Member, node string) error {
 	for s := range api.List[*api.Server](view, "") {
-		if s.Spec.Node == node && s.Status.Removed != nil {
+		if s.Spec.Node == node && s.Status.Removed != nil && !isMember(members, s.Name) {
 			return &removedError{s}
 		}
 	}
 	return nil
+}
+
+// Leaving reports whether a server is noted as removed and still a member. It is pure.
+func Leaving(view api.Reader, members []raftstore.Member) bool {
+	for s := range api.List[*api.Server](view, "") {
+		if s.Status.Removed != nil && isMember(members, s.Name) {
+			return true
+		}
+	}
+	return false
+}
+
+func isMember(members []raftstore.Member, id string) bool {
+	return slices.ContainsFunc(members, func(m raftstore.Member) bool { return m.ID == id })
 }
 
 // ErrorCode tells other servers what the error is.
@@ -288,8 +299,8 @@ func (k *Keeper) removeHere(ctx context.Context, id, why string) error {
 // remove takes a server out of the configuration and notes that it is, so that it
 // cannot come back by itself.
 //
-// A leader hands over first, and the next one removes it: others do nothing more for a
-// server once it is noted as removed, so that it could not complete what it began.
+// A leader hands over first, and the next one removes it: nobody is left without a
+// leader for that.
 func (k *Keeper) remove(ctx context.Context, id, why string) error {
 	if id == k.Self().ID && slices.ContainsFunc(k.Store.Members(), func(m raftstore.Member) bool { return m.Voter && m.ID != id }) {
 		if err := k.Store.TransferLeadership(ctx, ""); err != nil {

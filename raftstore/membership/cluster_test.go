@@ -410,7 +410,7 @@ func TestRemoved(t *testing.T) {
 }
 
 // TestLeaderRemovesItself: a leader that is to go hands over first, and the next one
-// removes it: for who is noted as removed others do nothing more.
+// removes it.
 func TestLeaderRemovesItself(t *testing.T) {
 	_, servers := three(t)
 	for left := 2; left > 0; left-- {

@@ -56,7 +56,7 @@ func (s *server) belongs(state tls.ConnectionState) error {
 	}
 	view := s.store.View()
 	if role == api.RoleServer {
-		return membership.Removed(view, node)
+		return membership.Out(view, s.store.Members(), node)
 	}
 	_, settled := api.Get[*api.Authority](view, "", api.AuthorityName)
 	if _, known := api.Get[*api.Machine](view, "", api.MachineName(role, node)); settled && !known {
@@ -67,7 +67,7 @@ func (s *server) belongs(state tls.ConnectionState) error {
 
 // refuse says why nothing is done for a server.
 func (s *server) refuse(who peer.Identity) error {
-	return membership.Removed(s.store.View(), strings.TrimPrefix(who.Name, pki.ServerPrefix))
+	return membership.Out(s.store.View(), s.store.Members(), strings.TrimPrefix(who.Name, pki.ServerPrefix))
 }
 
 // still judges a connection by what holds now.
@@ -96,6 +96,9 @@ func (s *server) followTrust(ctx context.Context) error {
 		if err := s.trust(ctx, &asked); err != nil && ctx.Err() == nil {
 			s.cfg.Log.Info("ask the cluster which CAs it trusts", "error", err, "retry", retryTrust)
 			wait = retryTrust
+		}
+		if membership.Leaving(s.store.View(), s.store.Members()) {
+			wait = retryTrust // that it is out brings no event
 		}
 		s.mux.Recheck(s.still)
 		rest := time.NewTimer(recheckRest)
