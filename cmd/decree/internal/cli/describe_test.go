@@ -107,7 +107,7 @@ func objects() []api.Object {
 	}}}
 	api.Origin{Source: "shop", Commit: "3f2a1c9000", Pos: api.Position{File: "web.cue", Line: 7}}.Set(deployment)
 	return []api.Object{
-		pod(), deployment, networkPolicy(),
+		pod(), deployment, networkPolicy(), ingress(), &networkingv1.IngressClass{ObjectMeta: about("", "decree"), Spec: networkingv1.IngressClassSpec{Controller: api.IngressController}},
 		&appsv1.ReplicaSet{ObjectMeta: about("shop", "web-1"), Spec: appsv1.ReplicaSetSpec{Selector: selector, Template: template}},
 		&corev1.Service{ObjectMeta: about("shop", "web"), Spec: corev1.ServiceSpec{
 			Type: "NodePort", Selector: selector.MatchLabels, ClusterIPs: []string{"10.97.0.7"}, SessionAffinity: "ClientIP",
@@ -230,4 +230,21 @@ func revision() *api.Revision {
 			{Verb: "delete", Key: api.KeyOf(&corev1.ConfigMap{ObjectMeta: about("shop", "old")})},
 		},
 	}}
+}
+
+func ingress() *networkingv1.Ingress {
+	prefix, class := networkingv1.PathTypePrefix, "decree"
+	backend := func(port networkingv1.ServiceBackendPort) networkingv1.IngressBackend {
+		return networkingv1.IngressBackend{Service: &networkingv1.IngressServiceBackend{Name: "web", Port: port}}
+	}
+	byNumber := backend(networkingv1.ServiceBackendPort{Number: 80})
+	return &networkingv1.Ingress{ObjectMeta: about("shop", "web"), Spec: networkingv1.IngressSpec{
+		IngressClassName: &class, DefaultBackend: &byNumber, TLS: []networkingv1.IngressTLS{{Hosts: []string{"shop.example.com"}, SecretName: "cert"}, {}},
+		Rules: []networkingv1.IngressRule{
+			{Host: "shop.example.com", IngressRuleValue: networkingv1.IngressRuleValue{HTTP: &networkingv1.HTTPIngressRuleValue{Paths: []networkingv1.HTTPIngressPath{
+				{Path: "/cart", PathType: &prefix, Backend: backend(networkingv1.ServiceBackendPort{Name: "http"})}, {Backend: networkingv1.IngressBackend{}},
+			}}}},
+			{},
+		},
+	}, Status: networkingv1.IngressStatus{LoadBalancer: networkingv1.IngressLoadBalancerStatus{Ingress: []networkingv1.IngressLoadBalancerIngress{{IP: "203.0.113.8"}}}}}
 }
