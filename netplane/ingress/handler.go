@@ -193,7 +193,7 @@ func (x *exchange) fail(_ http.ResponseWriter, r *http.Request, err error) {
 		code, why = http.StatusRequestEntityTooLarge, "the request is too large"
 	case errors.Is(r.Context().Err(), context.Canceled):
 		x.failure, x.response.code = "the client left", statusClientGone
-		return
+		panic(http.ErrAbortHandler) // an answer of the library's own would be a lie
 	case errors.Is(err, errNoEndpoint):
 		code, why = http.StatusServiceUnavailable, err.Error()
 	case errors.Is(err, errStalled):

@@ -31,7 +31,7 @@ func newMetrics(r prometheus.Registerer, s *Server) *metrics {
 			Name: "decree_ingress_upstream_errors_total", Help: "Requests that no backend has answered, by what the client was told.",
 		}, append(of, "code")),
 		unrouted: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "decree_ingress_unrouted_total", Help: "Requests for which there is no rule.",
+			Name: "decree_ingress_unrouted_total", Help: "Requests that are not for any ingress.",
 		}),
 		unlogged: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "decree_ingress_unlogged_total", Help: "Requests that are not in the access log because it was too slow.",
