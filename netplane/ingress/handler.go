@@ -131,7 +131,7 @@ func (x *exchange) refuse(code int, why string) {
 	h := x.response.Header()
 	h.Set("Content-Type", "text/plain; charset=utf-8")
 	h.Set("X-Content-Type-Options", "nosniff")
-	if x.request.ProtoMajor == 1 && x.request.ContentLength != 0 {
+	if x.request.ProtoMajor == 1 && (x.request.ContentLength != 0 || x.request.Method == http.MethodConnect) {
 		h.Set("Connection", "close") // rather than read what nobody wants
 	}
 	x.response.WriteHeader(code)
@@ -191,13 +191,13 @@ func (x *exchange) fail(_ http.ResponseWriter, r *http.Request, err error) {
 	switch {
 	case tooLarge:
 		code, why = http.StatusRequestEntityTooLarge, "the request is too large"
+	case errors.Is(err, errStalled):
+		code, why = http.StatusRequestTimeout, err.Error()
 	case errors.Is(r.Context().Err(), context.Canceled):
 		x.failure, x.response.code = "the client left", statusClientGone
 		panic(http.ErrAbortHandler) // an answer of the library's own would be a lie
 	case errors.Is(err, errNoEndpoint):
 		code, why = http.StatusServiceUnavailable, err.Error()
-	case errors.Is(err, errStalled):
-		code, why = http.StatusRequestTimeout, err.Error()
 	case errors.As(err, &timeout) && timeout.Timeout():
 		code, why = http.StatusGatewayTimeout, "the backend did not respond in time"
 	}
@@ -211,7 +211,7 @@ func (x *exchange) fail(_ http.ResponseWriter, r *http.Request, err error) {
 // end writes down what happened.
 func (x *exchange) end() {
 	w := &x.response
-	w.settle()
+	w.settle(x.request)
 	took := time.Since(x.begun)
 	if x.ingress != nil {
 		x.ingress.count(w.code, took)

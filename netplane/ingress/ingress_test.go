@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -370,7 +371,10 @@ func TestSmuggling(t *testing.T) {
 	var mu sync.Mutex
 	var seen []string
 	app := serving(t, func(_ http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body)
+		body, err := io.ReadAll(r.Body)
+		if err != nil {
+			return
+		}
 		mu.Lock()
 		defer mu.Unlock()
 		seen = append(seen, fmt.Sprintf("%s %s %q %v", r.Method, r.URL.Path, body, r.Header["Transfer-Encoding"]))
@@ -399,7 +403,10 @@ func TestSmuggling(t *testing.T) {
 		}
 		_ = c.SetDeadline(time.Now().Add(20 * time.Second))
 		_, _ = io.WriteString(c, tt.raw)
-		answer, _ := io.ReadAll(c)
+		answer, err := io.ReadAll(c)
+		if err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("%s: %v after %q", name, err, answer)
+		}
 		c.Close()
 		if !strings.HasPrefix(string(answer), strings.TrimRight("HTTP/1.1 "+tt.code, " ")) || strings.Count(string(answer), "HTTP/1.1 200") > 1 {
 			t.Errorf("%s: answered %.200q, want %s", name, answer, tt.code)

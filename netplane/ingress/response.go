@@ -17,6 +17,9 @@ var discard = log.New(io.Discard, "", 0)
 // time: the kernel's buffers take those.
 const freely = 64 << 10
 
+// restTimeout is how long the rest of a request may take to come after its response.
+const restTimeout = 5 * time.Second
+
 // response notes what a client gets.
 type response struct {
 	http.ResponseWriter
@@ -60,8 +63,12 @@ func (w *response) hurry() {
 	}
 }
 
-// settle leaves the connection as it was found.
-func (w *response) settle() {
+// settle leaves the connection as it was found. What of the request's body nobody has read
+// the server will read, to find the next request behind it: it shall not wait for long.
+func (w *response) settle(r *http.Request) {
+	if r.ProtoMajor == 1 && r.Body != nil && r.Body != http.NoBody {
+		_ = http.NewResponseController(w.ResponseWriter).SetReadDeadline(time.Now().Add(restTimeout))
+	}
 	if !w.deadline.IsZero() {
 		_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Time{})
 	}
