@@ -18,6 +18,8 @@ const (
 	IngressController = "decree.dev/ingress"
 	// AnnotationIngress begins the names of annotations that say how an Ingress is served.
 	AnnotationIngress = "ingress.decree.dev/"
+	// LabelIngressNode of a Node says whether it serves Ingresses: "true" or "false".
+	LabelIngressNode = "ingress.decree.dev/serves"
 )
 
 // The protocols that backends speak: values of the annotation backend-protocol.

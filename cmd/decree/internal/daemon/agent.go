@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -39,6 +40,7 @@ type node struct {
 	supervisor *containerd.Supervisor // nil with an existing containerd
 	runtime    *containerd.Runtime
 	plane      *netplane.Plane
+	ingress    *ingressServer // nil: this node serves none
 	agent      *agent.Agent
 	mirror     *client.Mirror
 	peers      *peers
@@ -168,6 +170,9 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 	if n.plane, err = netplane.New(cfg.network(metrics)); err != nil {
 		return nil, err
 	}
+	if n.ingress, err = newIngress(cfg, metrics); err != nil {
+		return nil, err
+	}
 	if n.mirror, err = newMirror(cfg, at, client.NodeSelections(cfg.Node), "view"); err != nil {
 		return nil, err
 	}
@@ -176,6 +181,7 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 	}
 	n.agent, err = agent.New(agent.Config{
 		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"),
+		Labels:  map[string]string{api.LabelIngressNode: strconv.FormatBool(n.ingress != nil)},
 		HostIPs: cfg.hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
 		Logger: cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
@@ -200,6 +206,9 @@ func (n *node) run(start func(name string, f func(context.Context) error)) {
 	start("network", n.plane.Run)
 	start("peers", func(ctx context.Context) error { return n.peers.run(ctx, n.changed.network) })
 	start("services", n.follow)
+	if n.ingress != nil {
+		start("ingress", n.ingress.Run)
+	}
 	start("agent", n.agent.Run)
 }
 
@@ -215,7 +224,11 @@ func (n *node) follow(ctx context.Context) error {
 		Backoff: reconciler.Backoff{Min: 50 * time.Millisecond, Max: 10 * time.Second},
 		Logger:  n.cfg.Log.With("part", "network"),
 		Once: func(ctx context.Context) error {
-			d := n.desired(n.mirror.View())
+			view := n.mirror.View()
+			d := n.desired(view)
+			if n.ingress != nil { // before the agent goes by what the plane leads to
+				n.ingress.Set(ingressObjects(view, d))
+			}
 			d.Pods = n.peers.pods(ctx, &d)
 			return n.plane.Set(ctx, d)
 		},
@@ -286,6 +299,9 @@ func (n *node) importImages(ctx context.Context) error {
 func (n *node) close() {
 	if n.plane != nil {
 		n.plane.Close()
+	}
+	if n.ingress != nil {
+		n.ingress.close()
 	}
 	if n.runtime != nil {
 		n.runtime.Close()

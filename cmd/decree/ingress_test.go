@@ -1,0 +1,107 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// ingressManifest serves examples/hello at hello.example.
+const ingressManifest = `package hello
+
+import networking "k8s.io/api/networking/v1"
+
+class: networking.#IngressClass & {
+	metadata: {name: "decree", annotations: "ingressclass.kubernetes.io/is-default-class": "true"}
+	spec: controller: "decree.dev/ingress"
+}
+front: networking.#Ingress & {
+	metadata: name: "hello"
+	spec: {
+		rules: [{host: "hello.example", http: paths: [{path: "/", pathType: "Prefix", backend: service: {name: "hello", port: name: "http"}}]}]
+		tls: [{hosts: ["hello.example"], secretName: "hello"}]
+	}
+}
+certificate: {
+	apiVersion: "v1"
+	kind:       "Secret"
+	metadata: name: "hello"
+	type: "kubernetes.io/tls"
+	stringData: {
+		"tls.crt": %q
+		"tls.key": %q
+	}
+}
+`
+
+// selfSigned is a certificate for a name, and its key, in PEM.
+func selfSigned(t *testing.T, name string) (cert, key string) {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pkcs8, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: pkcs8}))
+}
+
+// TestIngress reads a page by its name with the certificate of a Secret, changes the
+// application under load without losing a request, and closes the ports with the last
+// Ingress.
+func TestIngress(t *testing.T) {
+	l := newLive(t)
+	cert, key := selfSigned(t, "hello.example")
+	if err := os.WriteFile(filepath.Join(l.dir, "ca.pem"), []byte(cert), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	contains(t, l.push(t, "ingress.cue", fmt.Sprintf(ingressManifest, cert, key)), `+ ingresses.networking.k8s.io "default/hello"`)
+	const at = "curl -sS --max-time 5 --resolve hello.example:443:127.0.0.1 --resolve hello.example:80:127.0.0.1 "
+	l.until(t, at+"--cacert "+l.dir+"/ca.pem https://hello.example/ || true", "Hello from hello-")
+	contains(t, l.ok(t, at+"-o /dev/null -w '%{http_code} %{redirect_url}' http://hello.example/a?b"), "308 https://hello.example/a?b")
+	contains(t, l.ok(t, "curl -sS --max-time 5 http://127.0.0.1/"), "404", "no ingress has a rule")
+	l.until(t, "$K get ing", "hello", "hello.example", "127.0.0.1", "80, 443")
+	contains(t, l.ok(t, "decree describe ing hello"), "127.0.0.1", "hello.example", "hello:http", "by secret hello", "ingress.cue:")
+	contains(t, l.ok(t, "decree get ingressclasses"), "decree.dev/ingress")
+
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM([]byte(cert))
+	protocols := new(http.Protocols)
+	protocols.SetHTTP2(true)
+	protocols.SetHTTP1(true)
+	tr := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, Protocols: protocols, DialContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+		return l.dial(ctx, network, "127.0.0.1:443")
+	}}
+	t.Cleanup(tr.CloseIdleConnections)
+	s := startLoadBy(t, &http.Client{Timeout: 5 * time.Second, Transport: tr}, "https://hello.example/")
+	before := l.read(t, "hello.cue")
+	for n := range 3 {
+		contains(t, l.push(t, "hello.cue", strings.Replace(before, "replicas: 2", fmt.Sprintf("replicas: %d\n\tenv: ROUND: \"%d\"", 2+n, n), 1)), "healthy after")
+	}
+	s.check(t)
+
+	l.must(t, "git rm -q ingress.cue && git commit -qm 'no ingress' && git push")
+	l.untilGood(t, "ss -Hltun 'sport = :80 or sport = :443'", func(out string) bool { return out == "" })
+	l.end(t)
+}
