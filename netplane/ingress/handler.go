@@ -29,6 +29,7 @@ type exchange struct {
 	client   netip.Addr
 	request  *http.Request
 	response response
+	body     *timely // of a request by HTTP/1; nil: none that is read
 	route    *route.Route
 	ingress  *ingress // nil: none wants the request
 	pool     *pool
@@ -53,7 +54,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	defer func() {
 		x.end()
 		p := recover()
-		x.request, x.response, x.route, x.ingress, x.pool, x.endpoint, x.failure = nil, response{}, nil, nil, nil, nil, ""
+		x.request, x.response, x.body, x.route, x.ingress, x.pool, x.endpoint, x.failure = nil, response{}, nil, nil, nil, nil, nil, ""
 		s.states.Put(x)
 		if p != nil { // the response was cut off: the client has to see that
 			panic(p)
@@ -111,7 +112,11 @@ func (x *exchange) bound() bool {
 		r.Body = http.MaxBytesReader(&x.response, r.Body, most)
 	}
 	if r.ProtoMajor == 1 { // the others have streams that may be silent for long
-		r.Body = &timely{ReadCloser: r.Body, control: http.NewResponseController(x.response.ResponseWriter)}
+		x.body = &timely{ReadCloser: r.Body, control: http.NewResponseController(x.response.ResponseWriter)}
+		r.Body = x.body
+		// Or else the body is closed with the response's first byte, and who still reads
+		// it takes that for a failure.
+		_ = x.body.control.EnableFullDuplex()
 	}
 	return true
 }
@@ -211,7 +216,8 @@ func (x *exchange) fail(_ http.ResponseWriter, r *http.Request, err error) {
 // end writes down what happened.
 func (x *exchange) end() {
 	w := &x.response
-	w.settle(x.request)
+	w.settle()
+	x.rest()
 	took := time.Since(x.begun)
 	if x.ingress != nil {
 		x.ingress.count(w.code, took)
@@ -220,6 +226,18 @@ func (x *exchange) end() {
 	}
 	if x.server.access != nil {
 		x.server.access.add(x.record(took))
+	}
+}
+
+// rest leaves the request's body to the server, which reads what nobody has, to find the next
+// request behind it: it shall not wait for long.
+func (x *exchange) rest() {
+	r := x.request
+	switch {
+	case x.body != nil:
+		x.body.end()
+	case r.ProtoMajor == 1 && r.Body != nil && r.Body != http.NoBody:
+		_ = http.NewResponseController(x.response.ResponseWriter).SetReadDeadline(time.Now().Add(restTimeout))
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"log"
 	"net/http"
 	"os"
+	"sync"
 	"time"
 )
 
@@ -63,12 +64,8 @@ func (w *response) hurry() {
 	}
 }
 
-// settle leaves the connection as it was found. What of the request's body nobody has read
-// the server will read, to find the next request behind it: it shall not wait for long.
-func (w *response) settle(r *http.Request) {
-	if r.ProtoMajor == 1 && r.Body != nil && r.Body != http.NoBody {
-		_ = http.NewResponseController(w.ResponseWriter).SetReadDeadline(time.Now().Add(restTimeout))
-	}
+// settle leaves the connection as it was found.
+func (w *response) settle() {
 	if !w.deadline.IsZero() {
 		_ = http.NewResponseController(w.ResponseWriter).SetWriteDeadline(time.Time{})
 	}
@@ -84,15 +81,43 @@ var errStalled = errors.New("the request did not come in time")
 type timely struct {
 	io.ReadCloser
 	control *http.ResponseController
+	mu      sync.Mutex // orders deadlines
+	over    bool       // they are the server's again
+	err     error      // that the body ended with, also of nothing; only Read uses it
 }
 
+// Read may still be under way, by a transport, when the request has been answered.
 func (t *timely) Read(p []byte) (int, error) {
-	_ = t.control.SetReadDeadline(time.Now().Add(stallTimeout))
+	if t.err != nil {
+		return 0, t.err
+	}
+	t.within(stallTimeout)
 	n, err := t.ReadCloser.Read(p)
-	// The server goes on reading by itself, to see whether the client leaves.
-	_ = t.control.SetReadDeadline(time.Time{})
+	t.within(0) // the server goes on reading by itself, to see whether the client leaves
 	if errors.Is(err, os.ErrDeadlineExceeded) {
 		err = errStalled
 	}
+	t.err = err
 	return n, err
+}
+
+// within lets the client have some time; zero: all of it.
+func (t *timely) within(d time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var end time.Time
+	if d > 0 {
+		end = time.Now().Add(d)
+	}
+	if !t.over {
+		_ = t.control.SetReadDeadline(end)
+	}
+}
+
+// end gives the connection back.
+func (t *timely) end() {
+	t.within(restTimeout)
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.over = true
 }

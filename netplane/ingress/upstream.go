@@ -256,11 +256,23 @@ type trackedStream struct {
 type replayable struct {
 	io.Reader
 	read atomic.Bool
+	left int64 // of a length that is known; negative: it is not
 }
 
+// Read ends with the last byte: the transport would read on to see the end, which may no
+// longer be there to be read once the response has begun.
 func (b *replayable) Read(p []byte) (int, error) {
 	b.read.Store(true)
-	return b.Reader.Read(p)
+	if b.left == 0 {
+		return 0, io.EOF
+	}
+	n, err := b.Reader.Read(p)
+	if b.left > 0 {
+		if b.left -= int64(n); b.left <= 0 && err == nil {
+			err = io.EOF
+		}
+	}
+	return n, err
 }
 
 // Close does nothing: the transport would close it after each try. Its owner does.
@@ -282,7 +294,7 @@ func idempotent(method string) bool {
 func (p *pool) send(req *http.Request, retries int, last **endpoint) (*http.Response, error) {
 	var body *replayable
 	if req.Body != nil && req.Body != http.NoBody {
-		body = &replayable{Reader: req.Body}
+		body = &replayable{Reader: req.Body, left: req.ContentLength}
 		req.Body = body
 	}
 	var tried []*endpoint
