@@ -20,22 +20,10 @@ import (
 	"time"
 )
 
-// ingressManifest serves examples/hello at hello.example.
-const ingressManifest = `package hello
+// tlsManifest adds a certificate to examples/ingress.
+const tlsManifest = `package site
 
-import networking "k8s.io/api/networking/v1"
-
-class: networking.#IngressClass & {
-	metadata: {name: "decree", annotations: "ingressclass.kubernetes.io/is-default-class": "true"}
-	spec: controller: "decree.dev/ingress"
-}
-front: networking.#Ingress & {
-	metadata: name: "hello"
-	spec: {
-		rules: [{host: "hello.example", http: paths: [{path: "/", pathType: "Prefix", backend: service: {name: "hello", port: name: "http"}}]}]
-		tls: [{hosts: ["hello.example"], secretName: "hello"}]
-	}
-}
+front: spec: tls: [{hosts: ["hello.example"], secretName: "hello"}]
 certificate: {
 	apiVersion: "v1"
 	kind:       "Secret"
@@ -76,13 +64,19 @@ func TestIngress(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(l.dir, "ca.pem"), []byte(cert), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	contains(t, l.push(t, "ingress.cue", fmt.Sprintf(ingressManifest, cert, key)), `+ ingresses.networking.k8s.io "default/hello"`)
+	l.must(t, "cd "+l.dir+"/repo && git rm -q hello.cue greeting.cue && cp ../examples/ingress/site.cue . && sed -i 's/timeout/timout/' site.cue && git add -A && git commit -qm 'a mistake'")
+	out, code := l.run(t, "git push")
+	if contains(t, out, "site.cue:", `metadata.annotations["ingress.decree.dev/timout"]: there is no such annotation`); code == 0 {
+		t.Error("a push with an annotation that does not exist is accepted")
+	}
+	l.must(t, "sed -i 's/timout/timeout/' site.cue")
+	contains(t, l.push(t, "tls.cue", fmt.Sprintf(tlsManifest, cert, key)), `+ ingresses.networking.k8s.io "default/hello"`, "healthy after")
 	const at = "curl -sS --max-time 5 --resolve hello.example:443:127.0.0.1 --resolve hello.example:80:127.0.0.1 "
 	l.until(t, at+"--cacert "+l.dir+"/ca.pem https://hello.example/ || true", "Hello from hello-")
 	contains(t, l.ok(t, at+"-o /dev/null -w '%{http_code} %{redirect_url}' http://hello.example/a?b"), "308 https://hello.example/a?b")
 	contains(t, l.ok(t, "curl -sS --max-time 5 http://127.0.0.1/"), "404", "no ingress has a rule")
 	l.until(t, "$K get ing", "hello", "hello.example", "127.0.0.1", "80, 443")
-	contains(t, l.ok(t, "decree describe ing hello"), "127.0.0.1", "hello.example", "hello:http", "by secret hello", "ingress.cue:")
+	contains(t, l.ok(t, "decree describe ing hello"), "127.0.0.1", "hello.example", "hello:http", "by secret hello", "site.cue:")
 	contains(t, l.ok(t, "decree get ingressclasses"), "decree.dev/ingress")
 
 	roots := x509.NewCertPool()
@@ -95,13 +89,13 @@ func TestIngress(t *testing.T) {
 	}}
 	t.Cleanup(tr.CloseIdleConnections)
 	s := startLoadBy(t, &http.Client{Timeout: 5 * time.Second, Transport: tr}, "https://hello.example/")
-	before := l.read(t, "hello.cue")
+	before := l.read(t, "site.cue")
 	for n := range 3 {
-		contains(t, l.push(t, "hello.cue", strings.Replace(before, "replicas: 2", fmt.Sprintf("replicas: %d\n\tenv: ROUND: \"%d\"", 2+n, n), 1)), "healthy after")
+		contains(t, l.push(t, "site.cue", strings.Replace(before, "replicas: 2", fmt.Sprintf("replicas: %d\n\tenv: ROUND: \"%d\"", 2+n, n), 1)), "healthy after")
 	}
 	s.check(t)
 
-	l.must(t, "git rm -q ingress.cue && git commit -qm 'no ingress' && git push")
+	l.must(t, "git rm -q tls.cue && sed -i '/^front:/,$d' site.cue && git commit -qam 'no ingress' && git push")
 	l.untilGood(t, "ss -Hltun 'sport = :80 or sport = :443'", func(out string) bool { return out == "" })
 	l.end(t)
 }
