@@ -56,6 +56,8 @@ type Config struct {
 	MTU int
 	// Overlay names what leads to other nodes; zero: the defaults.
 	Overlay overlay.Config
+	// Encryption of what pods of different nodes say to each other; empty: none.
+	Encryption Encryption
 	// ResolvConf lists the name servers for all names outside the cluster; empty:
 	// /etc/resolv.conf.
 	ResolvConf string
@@ -114,9 +116,15 @@ type Plane struct {
 	health   *healthcheck.Server
 	callers  *announce.Announcer
 	metrics  *metrics
+	// checking has room for the checks of the network that run; swept is done once what
+	// earlier ones left is gone.
+	checking chan struct{}
+	swept    sync.Once
+	key      string // see PublicKey
 
-	mu   sync.Mutex
-	want *render.Table // nil before the first Set
+	mu     sync.Mutex
+	render render.Renderer
+	want   *render.Table // nil before the first Set
 	// self and peers are the nodes of the last Set, valid while want is.
 	self  render.Peer
 	peers []render.Peer
@@ -143,11 +151,20 @@ func New(cfg Config) (*Plane, error) {
 	if cfg.DataDir == "" {
 		return nil, errors.New("netplane: DataDir is not set")
 	}
+	wireguard, why, err := cfg.wireguard()
+	if err != nil {
+		return nil, fmt.Errorf("netplane: %w", err)
+	}
+	if why != nil {
+		cfg.Log.Warn("pod traffic is not encrypted", "err", why)
+	}
+	cfg.Overlay.WireGuard = wireguard
 	p := &Plane{
+		key: wireguard.PublicKey(),
 		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(), overlay: overlay.New(cfg.Overlay),
 		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1), told: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
+		checking: make(chan struct{}, maxChecks),
 	}
-	var err error
 	if p.services, err = openBalancer(&p.cfg); err != nil {
 		return nil, fmt.Errorf("netplane: %w", err)
 	}
@@ -170,9 +187,9 @@ func (p *Plane) Close() error {
 // as it can when part of it does not work; the error says which part, and the next
 // Set tries all of it again.
 func (p *Plane) Set(ctx context.Context, d Desired) error {
-	table := render.Render(d)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	table := p.render.Render(d)
 	var errs []error
 	if p.want == nil || !p.want.SameConfig(table) {
 		errs = append(errs, p.prepare(&table))
@@ -285,12 +302,15 @@ func (p *Plane) lead(self render.Peer, peers []render.Peer) error {
 		var n int
 		plan, n, err = p.overlay.Sync(self, peers)
 		if n > 0 {
-			p.log.Info("routes to other nodes", "nodes", len(peers), "wrapped", len(plan.Peers), "changes", n)
+			p.log.Info("routes to other nodes", "nodes", len(peers), "wrapped", len(plan.Peers), "encrypted", plan.Encrypts(), "changes", n)
 		}
 		return err
 	})
 	if len(plan.Lost) > 0 {
 		p.log.Warn("the pods of these nodes cannot be reached: they and this node have no addresses of the same family", "nodes", plan.Lost, "own", self.Addrs)
+	}
+	if len(plan.Clear) > 0 {
+		p.log.Warn("these nodes do not encrypt", "nodes", plan.Clear, "reached", p.cfg.Encryption != EncryptAll)
 	}
 	mtu := p.cfg.MTU
 	if mtu == 0 {
@@ -481,7 +501,7 @@ func (p *Plane) Purge(ctx context.Context) error {
 	p.checks, p.announced = nil, nil
 	p.answer(ctx)
 	cidrs, err := p.networks.PodCIDRs()
-	errs := []error{err, p.networks.Purge(ctx), p.services.Purge(ctx), p.policies.purge(ctx)}
+	errs := []error{err, p.removeCheckEnds(ctx), p.networks.Purge(ctx), p.services.Purge(ctx), p.policies.purge(ctx)}
 	errs = append(errs, netspace.Do(p.cfg.NetNS, func() error {
 		return errors.Join(p.overlay.Purge(), p.callers.Purge(), p.host.Links(cidrs), p.host.Restore())
 	}))

@@ -21,6 +21,7 @@ type fsm struct {
 	hub     *hub
 	metrics *metrics
 	decoder command.Decoder
+	format  func(int) // is told in which format what was read is
 
 	fatal   atomic.Pointer[error]
 	stopped chan struct{} // closed with the first fatal error
@@ -30,8 +31,8 @@ type fsm struct {
 
 var _ raft.FSM = (*fsm)(nil)
 
-func newFSM(h *hub, m *metrics, format int, onFatal func(error)) *fsm {
-	f := &fsm{hub: h, metrics: m, decoder: command.Decoder{Max: format}, stopped: make(chan struct{}), settled: make(chan struct{}, 1), onFatal: onFatal}
+func newFSM(h *hub, m *metrics, newest int, format func(int), onFatal func(error)) *fsm {
+	f := &fsm{hub: h, metrics: m, decoder: command.Decoder{Max: newest}, format: format, stopped: make(chan struct{}), settled: make(chan struct{}, 1), onFatal: onFatal}
 	f.state.Store(state.New())
 	return f
 }
@@ -47,6 +48,7 @@ func (f *fsm) Apply(entry *raft.Log) any {
 	if err != nil {
 		return f.fail(fmt.Errorf("%w: log entry %d of term %d cannot be applied, and must not be skipped: %w", ErrFatal, entry.Index, entry.Term, err))
 	}
+	f.format(command.FormatOfEntry(entry.Data))
 	next, results, batches := state.ReduceEntry(f.state.Load(), entry.Index, txns)
 	for _, r := range results {
 		f.metrics.outcome(r)
@@ -87,6 +89,7 @@ func (f *fsm) Restore(r io.ReadCloser) error {
 	if have := f.state.Load(); s.Index() < have.Index() {
 		return fmt.Errorf("restore a snapshot of index %d: this server is at %d already", s.Index(), have.Index())
 	}
+	f.format(s.Format())
 	f.hub.reset(s.Revision(), func() { f.swap(s) })
 	return nil
 }

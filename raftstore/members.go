@@ -7,9 +7,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-
-	"decree.dev/decree/raftstore/command"
-	"decree.dev/decree/schemas/api"
 )
 
 // Member is one server of the raft configuration.
@@ -35,9 +32,11 @@ func (s *Store) Members() []Member {
 
 // SetMember adds a server to the cluster, or changes its address or its vote. Only
 // the leader can. It returns once the change is committed. One that was added has to
-// catch up: give it a vote only when it has.
+// catch up: give it a vote only when it has. A [*TooOldError] says that it could not read
+// what the cluster has written; nothing was changed.
 func (s *Store) SetMember(ctx context.Context, m Member) error {
 	id, address := raft.ServerID(m.ID), raft.ServerAddress(m.Address)
+	known := false
 	for _, other := range s.Members() {
 		if other.Address == m.Address && other.ID != m.ID {
 			return fmt.Errorf("add server %s: %s is at %s already: remove it first", m.ID, other.ID, m.Address)
@@ -45,6 +44,7 @@ func (s *Store) SetMember(ctx context.Context, m Member) error {
 		if other.ID != m.ID {
 			continue
 		}
+		known = true
 		if other.Address == m.Address && other.Voter == m.Voter {
 			return nil
 		}
@@ -52,36 +52,19 @@ func (s *Store) SetMember(ctx context.Context, m Member) error {
 			return s.change(ctx, "take the vote of", m.ID, func() raft.Future { return s.raft.DemoteVoter(id, 0, 0) })
 		}
 	}
-	s.settleFormat(m.ID)
+	if !known {
+		done, err := s.letIn(m.ID)
+		if err != nil {
+			return fmt.Errorf("add server %s: %w", m.ID, err)
+		}
+		defer done()
+	}
 	return s.change(ctx, "add", m.ID, func() raft.Future {
 		if m.Voter {
 			return s.raft.AddVoter(id, address, 0, 0)
 		}
 		return s.raft.AddNonvoter(id, address, 0, 0)
 	})
-}
-
-// settleFormat makes the format of new entries the newest one that every server of the
-// configuration understands, those with the ids given too. What a server understands
-// it has said when it announced itself.
-func (s *Store) settleFormat(joining ...string) {
-	newest, view := s.cfg.Format, s.View()
-	for _, m := range s.Members() {
-		joining = append(joining, m.ID)
-	}
-	for _, id := range joining {
-		if id == s.cfg.NodeID {
-			continue
-		}
-		format := command.Oldest
-		if o, ok := api.Get[*api.Server](view, "", id); ok {
-			format = max(format, o.Status.Format)
-		}
-		newest = min(newest, format)
-	}
-	if old := s.format.Swap(int64(newest)); old != int64(newest) {
-		s.log.Info("format of log entries", "format", newest, "before", old)
-	}
 }
 
 // RemoveMember takes a server out of the cluster. Only the leader can; one that

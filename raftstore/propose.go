@@ -201,7 +201,7 @@ func (s *Store) launch(batch []*proposal) {
 	for i, p := range batch {
 		parts[i] = p.data
 	}
-	entry, err := command.EncodeEntry(int(s.format.Load()), parts...)
+	entry, err := s.formats.encode(parts...)
 	if err != nil && len(batch) > 1 { // one of them is to blame, the others are not
 		for _, p := range batch {
 			s.launch([]*proposal{p})

@@ -152,7 +152,7 @@ type Store struct {
 	closeErr  error
 	running   sync.WaitGroup
 
-	format atomic.Int64 // of new entries, while this server leads
+	formats formats
 }
 
 // Open opens or creates the store in cfg.Dir and starts it. It returns before the
@@ -183,8 +183,8 @@ func Open(cfg Config) (_ *Store, err error) {
 		closing: make(chan struct{}),
 		landed:  make(chan struct{}),
 		stopped: make(chan struct{}),
+		formats: formats{now: command.Oldest, joining: map[string]int{}},
 	}
-	s.format.Store(command.Oldest)
 	defer func() {
 		if err != nil {
 			err = fmt.Errorf("open store in %s: %w", cfg.Dir, err)
@@ -196,7 +196,7 @@ func Open(cfg Config) (_ *Store, err error) {
 	}
 	s.metrics = newMetrics(s)
 	s.hub = newHub(cfg.HistoryEvents, cfg.HistoryBytes, s.metrics)
-	s.fsm = newFSM(s.hub, s.metrics, cfg.Format, s.stop)
+	s.fsm = newFSM(s.hub, s.metrics, cfg.Format, s.formats.note, s.stop)
 	if err := s.startRaft(); err != nil {
 		return nil, err
 	}

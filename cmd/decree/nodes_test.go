@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -16,6 +18,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 
+	"decree.dev/decree/netplane/netcheck"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/raftstore/client"
 )
@@ -66,6 +69,72 @@ door: {apiVersion: "v1", kind: "Pod", metadata: name: "door", spec: {nodeSelecto
 	p.commit(s, "door")
 	for _, from := range []string{nodes[0].netns, nodes[1].netns, s.netns} {
 		fetch(t, from, planeSubnet+"102:80")
+	}
+	testNetcheck(t, p, s, nodes)
+}
+
+// testNetcheck: all is well on two nodes; a link that is cut fails in both directions, and
+// nothing else does; a node without pods takes part; one without an agent is named.
+func testNetcheck(t *testing.T, p *controlPlane, s *serverProcess, nodes []*serverProcess) {
+	check := func() (r netcheck.Report, err error) {
+		t.Helper()
+		out, err := p.attempt(s, p.binary, "netcheck", "-o", "json")
+		if jerr := json.Unmarshal([]byte(out), &r); jerr != nil {
+			t.Fatalf("netcheck: %v, %v\n%s", err, jerr, out)
+		}
+		return r, err
+	}
+	r, err := check()
+	kinds := map[netcheck.Kind]int{}
+	for _, c := range r.Checks {
+		if kinds[c.Kind]++; c.Error != "" || c.Latency <= 0 {
+			t.Errorf("%+v", c)
+		}
+	}
+	want := map[netcheck.Kind]int{netcheck.NodeToNode: 2, netcheck.NodeToPod: 4, netcheck.PodToPod: 2, netcheck.PodToService: 2, netcheck.NodeToDNS: 2, netcheck.PodToDNS: 2}
+	if err != nil || !r.OK || !maps.Equal(kinds, want) || len(r.Nodes) != 2 || r.Nodes[0].Pod == "" {
+		t.Fatalf("%v, %v, %+v", err, kinds, r)
+	}
+	if out := p.run(s, p.binary, "netcheck"); !strings.Contains(out, "POD TO POD ON   n1") || !strings.Contains(out, "all well") {
+		t.Errorf("for people:\n%s", out)
+	}
+
+	neighbour := func(verb string, rest ...string) {
+		p.run(s, append([]string{"ip", "-n", nodes[0].netns, "neigh", verb, planeSubnet + "102", "dev", "eth0"}, rest...)...)
+	}
+	neighbour("replace", "lladdr", "02:00:00:00:00:01", "nud", "permanent")
+	r, err = check()
+	if err == nil || r.OK || !strings.Contains(strings.Join(r.Advice, "\n"), "n2 does not reach n1") {
+		t.Errorf("a link is cut: %v, %+v", err, r)
+	}
+	for _, c := range r.Checks {
+		across := c.From != c.To && c.Kind != netcheck.PodToService && c.Kind != netcheck.NodeToDNS && c.Kind != netcheck.PodToDNS
+		if across != (c.Error != "") && c.Kind != netcheck.PodToService { // the service has a pod on either side
+			t.Errorf("with a link cut: %+v", c)
+		}
+	}
+	neighbour("del")
+
+	// Without pods, nodes lend the check a namespace of their own, and take it back.
+	p.run(s, "git", "-C", filepath.Join(p.dir, "repo"), "rm", "-q", "hello.cue", "door.cue")
+	p.run(s, "git", "-C", filepath.Join(p.dir, "repo"), "commit", "-qm", "nothing\n\nDecree-Allow-Deletions: all")
+	p.run(s, "git", "-C", filepath.Join(p.dir, "repo"), "push", "-q", "origin", "HEAD:main")
+	for end := time.Now().Add(60 * time.Second); r.Nodes[0].Pod != "" || r.Nodes[1].Pod != ""; { // see ask
+		if r, err = check(); time.Now().After(end) {
+			t.Fatalf("the pods stay: %+v", r)
+		}
+	}
+	if err != nil || !r.OK || len(r.Nodes[1].Addresses) != 1 || len(r.Checks) != 12 {
+		t.Errorf("without pods: %v, %+v", err, r)
+	}
+	for _, n := range nodes {
+		if left, err := os.ReadDir(filepath.Join(n.data, "network", "check")); err != nil || len(left) > 0 {
+			t.Errorf("%s keeps namespaces of checks: %v, %v", n.name, left, err)
+		}
+	}
+	p.kill(nodes[1])
+	if r, err = check(); err == nil || r.OK || !strings.Contains(r.Nodes[1].Error, "agent is not connected") {
+		t.Errorf("without an agent: %v, %+v", err, r)
 	}
 }
 

@@ -139,6 +139,19 @@ func (p *process) until(ts *testscript.TestScript, pattern *regexp.Regexp) strin
 	}
 }
 
+// evidence ends the process with a trace of its goroutines and returns all that it
+// has printed.
+func (p *process) evidence() string {
+	if p == nil {
+		return ""
+	}
+	_ = p.cmd.Process.Signal(syscall.SIGQUIT)
+	for line := range p.more {
+		p.seen = append(p.seen, line)
+	}
+	return strings.Join(p.seen, "\n")
+}
+
 // processes are what a script has started: its control plane and its watch.
 type processes struct{ up, watch *process }
 
@@ -186,7 +199,7 @@ func await(ts *testscript.TestScript, _ bool, args []string) {
 			return
 		}
 		if time.Now().After(deadline) {
-			ts.Fatalf("the output did not come to match %q", pattern)
+			ts.Fatalf("the output did not come to match %q; the control plane's log and goroutines:\n%s", pattern, started(ts).up.evidence())
 		}
 	}
 }

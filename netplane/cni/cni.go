@@ -311,6 +311,26 @@ func (n *Networks) Addresses(context.Context) (map[types.UID][]netip.Addr, error
 	return out, errors.Join(errs...)
 }
 
+// Find returns the network namespace of a pod that is attached, and its addresses, the primary
+// one first.
+func (n *Networks) Find(pod types.UID) (netns string, addrs []netip.Addr, err error) {
+	if err := validUID(pod); err != nil {
+		return "", nil, err
+	}
+	have, err := n.cni.GetCachedAttachments(string(pod))
+	if err != nil {
+		return "", nil, fmt.Errorf("read attachments: %w", err)
+	}
+	if len(have) == 0 {
+		return "", nil, fmt.Errorf("pod %s is not attached to the network", pod)
+	}
+	addrs, err = n.recorded(have[0])
+	if err != nil {
+		return "", nil, fmt.Errorf("recorded addresses of pod %s: %w", pod, err)
+	}
+	return have[0].NetNS, addrs, nil
+}
+
 // recorded returns the addresses that an attachment got.
 func (n *Networks) recorded(a *libcni.NetworkAttachment) ([]netip.Addr, error) {
 	list, err := recordedConf(a.Config)

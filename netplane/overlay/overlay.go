@@ -1,6 +1,7 @@
 // Package overlay leads packets to the pods of other nodes: straight to nodes that are
-// neighbours, in VXLAN (RFC 7348) to all others. Nothing is flooded and nothing is
-// learned: every node knows from the cluster's state where every pod range is.
+// neighbours, in VXLAN (RFC 7348) to all others, and encrypted by WireGuard between nodes
+// that both do so. Nothing is flooded and nothing is learned: every node knows from the
+// cluster's state where every pod range is.
 //
 // What it makes carries a mark (a routing protocol number, the name of a device), so
 // that a process that knows nothing else finds it, mends it and removes it. It works in
@@ -12,11 +13,11 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"decree.dev/decree/netplane/host"
 	"decree.dev/decree/netplane/render"
@@ -34,10 +35,16 @@ type Config struct {
 	Device string // of VXLAN; empty: DefaultDevice
 	VNI    int    // VXLAN network identifier, 24 bits; zero: DefaultVNI
 	Port   int    // UDP; zero: DefaultPort
+	// WireGuard encrypts; zero: nothing does.
+	WireGuard WireGuard
 }
 
 // Overlay is the overlay of one node. Methods must take turns.
-type Overlay struct{ cfg Config }
+type Overlay struct {
+	cfg Config
+	// remotes are where nodes said that they are, when the kernel was last told.
+	remotes map[wgtypes.Key]netip.Addr
+}
 
 // New returns an Overlay; it changes nothing yet.
 func New(cfg Config) *Overlay {
@@ -50,7 +57,13 @@ func New(cfg Config) *Overlay {
 	if cfg.Port == 0 {
 		cfg.Port = DefaultPort
 	}
-	return &Overlay{cfg}
+	if cfg.WireGuard.Device == "" {
+		cfg.WireGuard.Device = DefaultSealedDevice
+	}
+	if cfg.WireGuard.Port == 0 {
+		cfg.WireGuard.Port = DefaultSealedPort
+	}
+	return &Overlay{cfg: cfg}
 }
 
 // Sync makes the kernel lead to the pods of peers, and to no others that any Sync ever
@@ -60,7 +73,8 @@ func (o *Overlay) Sync(self render.Peer, peers []render.Peer) (Plan, int, error)
 	if err != nil {
 		return Plan{}, 0, err
 	}
-	plan := Decide(self, peers, links)
+	self.Key = o.cfg.WireGuard.PublicKey() // whatever the cluster still thinks
+	plan := Decide(self, peers, links, o.cfg.WireGuard.Required)
 	n, err := o.apply(plan)
 	return plan, n, err
 }
@@ -90,7 +104,7 @@ func (o *Overlay) links() ([]Link, error) {
 	var out []Link
 	for _, l := range all {
 		a := l.Attrs()
-		if a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || a.Name == o.cfg.Device || len(prefixes[a.Index]) == 0 {
+		if a.Flags&net.FlagLoopback != 0 || a.Flags&net.FlagUp == 0 || a.Name == o.cfg.Device || a.Name == o.cfg.WireGuard.Device || len(prefixes[a.Index]) == 0 {
 			continue
 		}
 		out = append(out, Link{Index: a.Index, Name: a.Name, MTU: a.MTU, Prefixes: prefixes[a.Index]})
@@ -99,87 +113,128 @@ func (o *Overlay) links() ([]Link, error) {
 }
 
 // apply makes the kernel hold the plan: first what packets need, then the routes that
-// send them there; what is not needed any more goes in the opposite order.
+// send them there; what is not needed any more goes after that.
 func (o *Overlay) apply(p Plan) (changes int, err error) {
-	device := 0
+	step := func(n int, err error) error {
+		changes += n
+		return err
+	}
+	device, sealed := 0, 0
+	if p.Sealed != nil {
+		index, n, err := o.seal(p.Sealed)
+		if sealed = index; step(n, err) != nil {
+			return changes, err
+		}
+	}
 	if p.Device != nil {
 		index, n, err := o.device(p.Device)
-		changes += n
-		if err != nil {
+		if device = index; step(n, err) != nil {
 			return changes, err
 		}
-		device = index
-		n, err = o.tunnels(device, p.Peers)
-		changes += n
-		if err != nil {
+		if err := step(o.tunnels(device, p.Peers)); err != nil {
 			return changes, err
 		}
 	}
-	n, err := routes(p.Routes, device)
-	changes += n
-	if err != nil || p.Device != nil {
+	if err := step(routes(p.Routes, device, sealed)); err != nil {
 		return changes, err
 	}
-	link, err := o.find()
-	if err != nil || link == nil {
-		return changes, err
+	if p.Device == nil {
+		if err := step(discard(o.cfg.Device)); err != nil {
+			return changes, err
+		}
 	}
-	if err := netlink.LinkDel(link); err != nil && !gone(err) {
-		return changes, fmt.Errorf("remove %s: %w", o.cfg.Device, err)
+	if p.Sealed == nil {
+		return changes, step(discard(o.cfg.WireGuard.Device))
 	}
-	return changes + 1, nil
+	return changes, step(o.keys(p.Sealed, true))
 }
 
-// find returns the device, nil if there is none.
-func (o *Overlay) find() (netlink.Link, error) {
-	link, err := netlink.LinkByName(o.cfg.Device)
+// find returns an interface, nil if there is none.
+func find(name string) (netlink.Link, error) {
+	link, err := netlink.LinkByName(name)
 	if gone(err) {
 		return nil, nil
 	}
 	if err != nil {
-		return nil, fmt.Errorf("look for %s: %w", o.cfg.Device, err)
+		return nil, fmt.Errorf("look for %s: %w", name, err)
 	}
 	return link, nil
 }
 
-func gone(err error) bool {
-	var notFound netlink.LinkNotFoundError
-	return errors.As(err, &notFound) || errors.Is(err, unix.ENODEV)
+// discard removes an interface if it is there.
+func discard(name string) (changes int, err error) {
+	link, err := find(name)
+	if err != nil || link == nil {
+		return 0, err
+	}
+	return 1, remove(link)
 }
 
-// device makes the VXLAN interface what it should be, and returns its index.
-func (o *Overlay) device(d *Device) (index, changes int, err error) {
-	link, err := o.find()
+func remove(link netlink.Link) error {
+	if err := netlink.LinkDel(link); err != nil && !gone(err) {
+		return fmt.Errorf("remove %s: %w", link.Attrs().Name, err)
+	}
+	return nil
+}
+
+// add makes an interface.
+func add(link netlink.Link) (netlink.Link, error) {
+	name := link.Attrs().Name
+	if err := netlink.LinkAdd(link); err != nil {
+		return nil, fmt.Errorf("make %s (%s): %w", name, link.Type(), err)
+	}
+	if err := noAddress(name); err != nil {
+		return nil, err
+	}
+	link, err := netlink.LinkByName(name)
 	if err != nil {
-		return 0, 0, err
+		return nil, fmt.Errorf("make %s: %w", name, err)
 	}
-	if link != nil && !o.fits(link, d) {
-		if err := netlink.LinkDel(link); err != nil && !gone(err) {
-			return 0, 0, fmt.Errorf("remove %s, which is another one: %w", o.cfg.Device, err)
-		}
-		link, changes = nil, changes+1
-	}
-	if link == nil {
-		if link, err = o.create(d); err != nil {
-			return 0, changes, err
-		}
-		changes++
-	}
+	return link, nil
+}
+
+// settle gives an interface its MTU and addresses, and sets it up.
+func settle(link netlink.Link, mtu int, addrs []netip.Addr) (changes int, err error) {
 	a := link.Attrs()
-	if a.MTU != d.MTU {
-		if err := netlink.LinkSetMTU(link, d.MTU); err != nil {
-			return 0, changes, fmt.Errorf("set MTU of %s to %d: %w", o.cfg.Device, d.MTU, err)
+	if a.MTU != mtu {
+		if err := netlink.LinkSetMTU(link, mtu); err != nil {
+			return changes, fmt.Errorf("set MTU of %s to %d: %w", a.Name, mtu, err)
 		}
 		changes++
 	}
 	if a.Flags&net.FlagUp == 0 {
 		if err := netlink.LinkSetUp(link); err != nil {
-			return 0, changes, fmt.Errorf("set %s up: %w", o.cfg.Device, err)
+			return changes, fmt.Errorf("set %s up: %w", a.Name, err)
 		}
 		changes++
 	}
-	n, err := o.addresses(link, d.Addrs)
-	return a.Index, changes + n, err
+	n, err := addresses(link, addrs)
+	return changes + n, err
+}
+
+// device makes the VXLAN interface what it should be, and returns its index.
+func (o *Overlay) device(d *Device) (index, changes int, err error) {
+	link, err := find(o.cfg.Device)
+	if err != nil {
+		return 0, 0, err
+	}
+	if link != nil && !o.fits(link, d) {
+		if err := remove(link); err != nil {
+			return 0, 0, err
+		}
+		link, changes = nil, changes+1
+	}
+	if link == nil {
+		attrs := netlink.NewLinkAttrs()
+		attrs.Name, attrs.MTU, attrs.HardwareAddr = o.cfg.Device, d.MTU, d.MAC[:]
+		link, err = add(&netlink.Vxlan{LinkAttrs: attrs, VxlanId: o.cfg.VNI, VtepDevIndex: d.Link, SrcAddr: d.Local.AsSlice(), Port: o.cfg.Port})
+		if err != nil {
+			return 0, changes, err
+		}
+		changes++
+	}
+	n, err := settle(link, d.MTU, d.Addrs)
+	return link.Attrs().Index, changes + n, err
 }
 
 // fits reports whether an interface is the one that d describes, but for what can be
@@ -194,30 +249,10 @@ func (o *Overlay) fits(link netlink.Link, d *Device) bool {
 		slices.Equal(v.HardwareAddr, d.MAC[:])
 }
 
-func (o *Overlay) create(d *Device) (netlink.Link, error) {
-	attrs := netlink.NewLinkAttrs()
-	attrs.Name, attrs.MTU, attrs.HardwareAddr = o.cfg.Device, d.MTU, d.MAC[:]
-	v := &netlink.Vxlan{LinkAttrs: attrs, VxlanId: o.cfg.VNI, VtepDevIndex: d.Link, SrcAddr: d.Local.AsSlice(), Port: o.cfg.Port}
-	if err := netlink.LinkAdd(v); err != nil {
-		return nil, fmt.Errorf("make %s (VXLAN %d from %s): %w", o.cfg.Device, o.cfg.VNI, d.Local, err)
-	}
-	// Without an address of its own making: nobody speaks to the link itself. A kernel
-	// without IPv6 has no such setting.
-	err := os.WriteFile("/proc/sys/net/ipv6/conf/"+o.cfg.Device+"/addr_gen_mode", []byte("1"), 0o644)
-	if err != nil && !errors.Is(err, os.ErrNotExist) {
-		return nil, fmt.Errorf("make %s: %w", o.cfg.Device, err)
-	}
-	link, err := netlink.LinkByName(o.cfg.Device)
-	if err != nil {
-		return nil, fmt.Errorf("make %s: %w", o.cfg.Device, err)
-	}
-	return link, nil
-}
-
-func (o *Overlay) addresses(link netlink.Link, want []netip.Addr) (changes int, err error) {
+func addresses(link netlink.Link, want []netip.Addr) (changes int, err error) {
 	have, err := netlink.AddrList(link, netlink.FAMILY_ALL)
 	if err != nil {
-		return 0, fmt.Errorf("list addresses of %s: %w", o.cfg.Device, err)
+		return 0, fmt.Errorf("list addresses of %s: %w", link.Attrs().Name, err)
 	}
 	missing := slices.Clone(want)
 	for i := range have {
@@ -227,7 +262,7 @@ func (o *Overlay) addresses(link netlink.Link, want []netip.Addr) (changes int, 
 			continue
 		}
 		if err := netlink.AddrDel(link, &have[i]); err != nil {
-			return changes, fmt.Errorf("remove address %s from %s: %w", p, o.cfg.Device, err)
+			return changes, fmt.Errorf("remove address %s from %s: %w", p, link.Attrs().Name, err)
 		}
 		changes++
 	}
@@ -237,7 +272,7 @@ func (o *Overlay) addresses(link netlink.Link, want []netip.Addr) (changes int, 
 			addr.Flags = 0
 		}
 		if err := netlink.AddrAdd(link, addr); err != nil {
-			return changes, fmt.Errorf("add address %s to %s: %w", a, o.cfg.Device, err)
+			return changes, fmt.Errorf("add address %s to %s: %w", a, link.Attrs().Name, err)
 		}
 		changes++
 	}
@@ -307,7 +342,7 @@ func family(a netip.Addr) int {
 }
 
 // routes makes the marked routes of the main table these.
-func routes(want []Route, device int) (changes int, err error) {
+func routes(want []Route, device, sealed int) (changes int, err error) {
 	have, err := marked()
 	if err != nil {
 		return 0, err
@@ -315,12 +350,19 @@ func routes(want []Route, device int) (changes int, err error) {
 	kept := map[netip.Prefix]Route{}
 	for _, h := range have {
 		via, _ := netip.AddrFromSlice(h.Gw)
-		kept[host.PrefixOf(h.Dst)] = Route{host.PrefixOf(h.Dst), via.Unmap(), h.LinkIndex}
+		r := Route{host.PrefixOf(h.Dst), via.Unmap(), h.LinkIndex}
+		if h.Type == unix.RTN_UNREACHABLE {
+			r.Link = Refused
+		}
+		kept[r.Dst] = r
 	}
 	for _, w := range want {
 		flags := 0
-		if w.Link == 0 {
+		switch w.Link {
+		case Wrapped:
 			w.Link, flags = device, int(netlink.FLAG_ONLINK)
+		case Encrypted:
+			w.Link = sealed
 		}
 		same := kept[w.Dst] == w
 		delete(kept, w.Dst)
@@ -328,8 +370,14 @@ func routes(want []Route, device int) (changes int, err error) {
 			continue
 		}
 		r := &netlink.Route{LinkIndex: w.Link, Dst: host.IPNet(w.Dst), Gw: w.Via.AsSlice(), Protocol: host.Protocol, Flags: flags}
+		switch {
+		case w.Link == Refused:
+			r.LinkIndex, r.Type = 0, unix.RTN_UNREACHABLE
+		case !w.Via.IsValid():
+			r.Scope = netlink.SCOPE_LINK
+		}
 		if err := netlink.RouteReplace(r); err != nil {
-			return changes, fmt.Errorf("route %s via %s: %w", w.Dst, w.Via, err)
+			return changes, fmt.Errorf("route %s: %w", r, err)
 		}
 		changes++
 	}
@@ -359,4 +407,10 @@ func marked() ([]netlink.Route, error) {
 		out = append(out, rs...)
 	}
 	return out, nil
+}
+
+// gone reports whether an interface is not there.
+func gone(err error) bool {
+	var notFound netlink.LinkNotFoundError
+	return errors.As(err, &notFound) || errors.Is(err, unix.ENODEV)
 }

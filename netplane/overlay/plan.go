@@ -1,11 +1,14 @@
 package overlay
 
 import (
+	"bytes"
 	"cmp"
 	"crypto/sha256"
 	"net"
 	"net/netip"
 	"slices"
+
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
 	"decree.dev/decree/netplane/render"
 )
@@ -21,15 +24,20 @@ type Link struct {
 // Plan is what the kernel of a node holds so that packets reach the pods of all
 // others. Everything is ordered, so that equal plans are equal.
 type Plan struct {
-	// Device carries packets that are wrapped; nil: every other node is a neighbour.
+	// Device carries packets that are wrapped; nil: none are.
 	Device *Device
 	Routes []Route
 	Peers  []Tunnel
+	// Sealed carries packets that are encrypted; nil: none are.
+	Sealed *Sealed
 	// MTU is the largest packet, in bytes, that reaches every pod whole; zero: unknown.
 	MTU int
 	// Lost are the nodes whose pods cannot be reached: neither they nor this node have
 	// an address that the other one could use.
 	Lost []string
+	// Clear are the nodes that do not encrypt, although this one does. Where encryption
+	// is required their pods are not reached.
+	Clear []string
 }
 
 // Device is the VXLAN interface (RFC 7348).
@@ -52,7 +60,39 @@ func (m MAC) String() string { return net.HardwareAddr(m[:]).String() }
 type Route struct {
 	Dst  netip.Prefix
 	Via  netip.Addr
-	Link int // index of the interface; zero: the Device
+	Link int // index of the interface, Wrapped, Encrypted or Refused
+}
+
+// Encrypts returns to how many nodes packets are encrypted.
+func (p *Plan) Encrypts() int {
+	if p.Sealed == nil {
+		return 0
+	}
+	return len(p.Sealed.Peers)
+}
+
+// These stand for interfaces that may not exist yet.
+const (
+	Wrapped   = 0  // the Device
+	Encrypted = -1 // the interface of Sealed; such a route has no Via
+	Refused   = -2 // none: packets must not go another way, such as that of a default route
+)
+
+// Sealed is the WireGuard interface (Donenfeld, NDSS 2017).
+type Sealed struct {
+	MTU int
+	// Addrs are this node's own on the interface, as of a Device.
+	Addrs []netip.Addr
+	Peers []Sealing
+}
+
+// Sealing is a node to which packets are encrypted.
+type Sealing struct {
+	Key    wgtypes.Key // public
+	Remote netip.Addr
+	// Allowed are the addresses that packets from that node may come from: its pods, and
+	// its own, as pods that call a node are answered from there.
+	Allowed []netip.Prefix
 }
 
 // Tunnel is how the Device finds another node: the kernel neither asks nor learns.
@@ -63,26 +103,51 @@ type Tunnel struct {
 	Vias []netip.Addr
 }
 
-// The bytes that VXLAN adds to a packet: Ethernet, IP, UDP and VXLAN headers.
+// The bytes that VXLAN adds to a packet are Ethernet, IP, UDP and VXLAN headers; those
+// of WireGuard are IP, UDP and its own header and tag.
 const (
-	overhead4 = 14 + 20 + 8 + 8
-	overhead6 = 14 + 40 + 8 + 8
+	ip4, ip6  = 20, 40
+	wrapping  = 14 + 8 + 8
+	encrypted = 8 + 32
 )
 
 // Decide returns the plan for a node.
 //
-// A node with an address in a network of this one is a neighbour: packets go there as
-// they are. For all others they are wrapped. Both ends decide the same, as both look at
-// the same two addresses and, where networks are set up soundly, at the same mask.
-func Decide(self render.Peer, peers []render.Peer, links []Link) Plan {
+// Between two nodes that both have a key packets are encrypted. Otherwise a node with an
+// address in a network of this one is a neighbour: packets go there as they are. For all
+// others they are wrapped. Both ends decide the same, as both look at the same keys, the
+// same two addresses and, where networks are set up soundly, at the same mask. Where
+// encryption is required, there is no other way than the first.
+func Decide(self render.Peer, peers []render.Peer, links []Link, required bool) Plan {
 	var p Plan
+	own, err := wgtypes.ParseKey(self.Key)
+	sealed := self.Key != "" && err == nil
 	local, link, ok := underlay(self, links)
 	if ok {
-		p.MTU = link.MTU - overhead(local)
+		p.MTU = link.MTU - overhead(local, sealed)
 	}
 	for _, peer := range peers {
-		if !ok || !p.lead(self, peer, local, link, links) {
+		reached := false
+		key, err := wgtypes.ParseKey(peer.Key)
+		both := sealed && err == nil && key != own
+		if sealed && !both {
+			p.Clear = append(p.Clear, peer.Node)
+		}
+		switch {
+		case !ok:
+		case both:
+			reached = p.seal(self, peer, key, local)
+		case !sealed || !required:
+			reached = p.lead(self, peer, local, link, links)
+		}
+		if reached {
+			continue
+		}
+		if both || !required || !sealed {
 			p.Lost = append(p.Lost, peer.Node)
+		}
+		if sealed && required {
+			p.refuse(peer)
 		}
 	}
 	slices.SortFunc(p.Routes, func(a, b Route) int {
@@ -90,7 +155,55 @@ func Decide(self render.Peer, peers []render.Peer, links []Link) Plan {
 	})
 	slices.SortFunc(p.Peers, func(a, b Tunnel) int { return a.Remote.Compare(b.Remote) })
 	slices.Sort(p.Lost)
+	slices.Sort(p.Clear)
+	if p.Sealed != nil {
+		p.Sealed.settle()
+	}
 	return p
+}
+
+// refuse keeps what is sent to the pods of one node from leaving this one.
+func (p *Plan) refuse(peer render.Peer) {
+	for _, pods := range peer.Pods {
+		p.Routes = append(p.Routes, Route{Dst: pods, Link: Refused})
+	}
+}
+
+// seal adds what leads to the pods of one node, encrypted.
+func (p *Plan) seal(self, peer render.Peer, key wgtypes.Key, local netip.Addr) bool {
+	remote, ok := sameFamily(peer, local)
+	if !ok {
+		return false
+	}
+	if p.Sealed == nil {
+		p.Sealed = &Sealed{MTU: p.MTU, Addrs: bases(self.Pods)}
+	}
+	s := Sealing{Key: key, Remote: remote, Allowed: slices.Clone(peer.Pods)}
+	for _, a := range peer.Addrs {
+		s.Allowed = append(s.Allowed, netip.PrefixFrom(a, a.BitLen()))
+	}
+	p.Sealed.Peers = append(p.Sealed.Peers, s)
+	for _, pods := range peer.Pods {
+		p.Routes = append(p.Routes, Route{Dst: pods, Link: Encrypted})
+	}
+	return true
+}
+
+// settle orders the nodes, and leaves an address that two of them claim to the first:
+// the kernel knows one for each.
+func (s *Sealed) settle() {
+	slices.SortFunc(s.Peers, func(a, b Sealing) int { return bytes.Compare(a.Key[:], b.Key[:]) })
+	taken := map[netip.Prefix]bool{}
+	for i := range s.Peers {
+		s.Peers[i].Allowed = slices.DeleteFunc(s.Peers[i].Allowed, func(q netip.Prefix) bool { return taken[q] })
+		for _, q := range s.Peers[i].Allowed {
+			taken[q] = true
+		}
+		slices.SortFunc(s.Peers[i].Allowed, func(a, b netip.Prefix) int {
+			return cmp.Or(a.Addr().Compare(b.Addr()), cmp.Compare(a.Bits(), b.Bits()))
+		})
+	}
+	s.Peers = slices.CompactFunc(s.Peers, func(a, b Sealing) bool { return a.Key == b.Key })
 }
 
 // lead adds what leads to the pods of one node.
@@ -107,26 +220,40 @@ func (p *Plan) lead(self, peer render.Peer, local netip.Addr, link Link, links [
 	if len(wrapped) == 0 {
 		return true
 	}
-	i := slices.IndexFunc(peer.Addrs, func(a netip.Addr) bool { return a.Is4() == local.Is4() })
-	if i < 0 {
+	remote, ok := sameFamily(peer, local)
+	if !ok {
 		return false
 	}
 	if p.Device == nil {
-		p.Device = &Device{Link: link.Index, Local: local, MAC: macOf(self.Node), MTU: p.MTU}
-		for _, pods := range self.Pods {
-			p.Device.Addrs = append(p.Device.Addrs, pods.Masked().Addr())
-		}
+		p.Device = &Device{Link: link.Index, Local: local, MAC: macOf(self.Node), MTU: link.MTU - overhead(local, false), Addrs: bases(self.Pods)}
 	}
-	t := Tunnel{MAC: macOf(peer.Node), Remote: peer.Addrs[i]}
+	t := Tunnel{MAC: macOf(peer.Node), Remote: remote}
 	for _, pods := range wrapped {
 		via := gateway(pods, t.MAC)
 		if !slices.Contains(t.Vias, via) {
 			t.Vias = append(t.Vias, via)
 		}
-		p.Routes = append(p.Routes, Route{Dst: pods, Via: via})
+		p.Routes = append(p.Routes, Route{Dst: pods, Via: via, Link: Wrapped})
 	}
 	p.Peers = append(p.Peers, t)
 	return true
+}
+
+// bases are the first addresses of pod ranges, which are no pod's.
+func bases(pods []netip.Prefix) (out []netip.Addr) {
+	for _, q := range pods {
+		out = append(out, q.Masked().Addr())
+	}
+	return out
+}
+
+// sameFamily returns the first address of a node that packets from local can go to.
+func sameFamily(peer render.Peer, local netip.Addr) (netip.Addr, bool) {
+	i := slices.IndexFunc(peer.Addrs, func(a netip.Addr) bool { return a.Is4() == local.Is4() })
+	if i < 0 {
+		return netip.Addr{}, false
+	}
+	return peer.Addrs[i], true
 }
 
 // gateway returns an address that stands for a node on the device. In IPv4 it is the
@@ -169,11 +296,15 @@ func neighbour(peer render.Peer, v4 bool, links []Link) (netip.Addr, Link, bool)
 	return netip.Addr{}, Link{}, false
 }
 
-func overhead(local netip.Addr) int {
-	if local.Is4() {
-		return overhead4
+func overhead(local netip.Addr, sealed bool) int {
+	n := wrapping
+	if sealed {
+		n = encrypted
 	}
-	return overhead6
+	if local.Is4() {
+		return n + ip4
+	}
+	return n + ip6
 }
 
 // macOf makes a node's Ethernet address from its name, so that nobody has to be told:

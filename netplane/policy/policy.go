@@ -79,6 +79,18 @@ func PodOf(p *corev1.Pod) (Pod, bool) {
 	return out, true
 }
 
+// Everywhere is all of pods as policies see them, each to be judged: for who asks about a whole
+// cluster.
+func Everywhere(pods []*corev1.Pod) (out []Pod) {
+	for _, pod := range pods {
+		if p, ok := PodOf(pod); ok {
+			p.Here = true
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
 // Plan is what a kernel has to hold of all policies. Equal clusters give equal plans, in
 // the same order.
 type Plan struct {

@@ -37,7 +37,7 @@ func Announcements(d Desired) []Announcement {
 		return nil
 	}
 	nodes := announcers(d.Nodes)
-	var bySvc map[name][]*discoveryv1.EndpointSlice // made when it is needed
+	var bySvc groups // made when they are needed
 	var out []Announcement
 	for _, svc := range services {
 		for _, text := range ingress(svc) {
@@ -48,10 +48,10 @@ func Announcements(d Desired) []Announcement {
 			a = a.Unmap()
 			able := func(string) bool { return true }
 			if svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal {
-				if bySvc == nil {
-					bySvc = slicesByService(d.Slices)
+				if bySvc.members == nil {
+					bySvc.set(d.Slices)
 				}
-				local := serving(bySvc[name{svc.Namespace, svc.Name}], a.Is4())
+				local := serving(bySvc.of(name{svc.Namespace, svc.Name}).slices, a.Is4())
 				able = func(node string) bool { return local[node] }
 			}
 			out = append(out, Announcement{a, svc.Namespace, svc.Name, elect(svc, nodes, able)})

@@ -149,7 +149,7 @@ func (r *renderer) note(eps []netip.AddrPort) {
 	for i := range r.found {
 		c := &r.found[i]
 		if _, used := slices.BinarySearchFunc(eps, c.addr, netip.AddrPort.Compare); used && c.local {
-			r.near[c.addr.Addr()] = true
+			r.part.near = append(r.part.near, c.addr.Addr())
 		}
 	}
 }

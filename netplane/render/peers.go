@@ -6,6 +6,8 @@ import (
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+
+	"decree.dev/decree/schemas/api"
 )
 
 // Peer is a node as others reach it: its own addresses, in the order in which its agent
@@ -14,11 +16,14 @@ type Peer struct {
 	Node  string
 	Addrs []netip.Addr
 	Pods  []netip.Prefix
+	// Key is its public key for WireGuard as the node says it, in base64; empty: what is
+	// sent to it is not encrypted.
+	Key string
 }
 
 // Equal reports whether both say the same.
 func (p Peer) Equal(q Peer) bool {
-	return p.Node == q.Node && slices.Equal(p.Addrs, q.Addrs) && slices.Equal(p.Pods, q.Pods)
+	return p.Node == q.Node && p.Key == q.Key && slices.Equal(p.Addrs, q.Addrs) && slices.Equal(p.Pods, q.Pods)
 }
 
 // Peers returns d's own node and, in the order of their names, all others that have
@@ -26,10 +31,10 @@ func (p Peer) Equal(q Peer) bool {
 func Peers(d Desired) (self Peer, others []Peer) {
 	self = Peer{Node: d.Node, Pods: ranges(d.PodCIDRs)}
 	for _, n := range d.Nodes {
-		p := peerOf(n)
+		p := PeerOf(n)
 		switch {
 		case n.Name == d.Node:
-			self.Addrs = p.Addrs
+			self.Addrs, self.Key = p.Addrs, p.Key
 		case len(p.Addrs) > 0 && len(p.Pods) > 0:
 			others = append(others, p)
 		}
@@ -38,8 +43,9 @@ func Peers(d Desired) (self Peer, others []Peer) {
 	return self, others
 }
 
-func peerOf(n *corev1.Node) Peer {
-	p := Peer{Node: n.Name, Addrs: addresses(n, corev1.NodeInternalIP)}
+// PeerOf is how a node says that it is reached. What does not parse is left out.
+func PeerOf(n *corev1.Node) Peer {
+	p := Peer{Node: n.Name, Addrs: addresses(n, corev1.NodeInternalIP), Key: n.Annotations[api.AnnotationWireGuard]}
 	var pods []netip.Prefix
 	for _, text := range n.Spec.PodCIDRs {
 		if cidr, err := netip.ParsePrefix(text); err == nil {
@@ -67,7 +73,7 @@ func lost(d Desired) []netip.Prefix {
 	for _, n := range d.Nodes {
 		i := slices.IndexFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool { return c.Type == corev1.NodeReady })
 		if n.Name != d.Node && i >= 0 && n.Status.Conditions[i].Status != corev1.ConditionTrue {
-			out = append(out, peerOf(n).Pods...)
+			out = append(out, PeerOf(n).Pods...)
 		}
 	}
 	return prefixes(out)

@@ -1,8 +1,6 @@
 package render
 
 import (
-	"cmp"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -32,64 +30,22 @@ const (
 	podClaim
 	balancerClaim
 	externalClaim
-	numClaims
 )
 
-// renderer is what the services of one table share, and what they come to.
+// renderer is what the services of one table share, and the part that is being made.
 type renderer struct {
 	node, zone string
 	own        []netip.Addr // addresses of this node, for node ports
-	table      Table
-	near       map[netip.Addr]bool
-	claims     [numClaims][]Service
+	table      Table        // without services
+	part       *part
 	found      []candidate // scratch
 }
 
-// Render returns the table that d asks for. Objects that cannot be used (an
-// address that does not parse, a port out of range) are left out: validation is
-// done where objects enter the cluster. When two services claim one port, a cluster
-// address wins over a node port, that over a pod's host port, that over a load balancer's
-// address, and that over an external IP; then the one first by namespace and name has it.
-func Render(d Desired) Table {
-	r := newRenderer(d)
-	bySvc := slicesByService(d.Slices)
-	services := slices.Clone(d.Services)
-	slices.SortStableFunc(services, func(a, b *corev1.Service) int {
-		return cmp.Or(strings.Compare(a.Namespace, b.Namespace), strings.Compare(a.Name, b.Name))
-	})
-	r.claims[clusterClaim] = make([]Service, 0, len(services)) // at least, as most have one port
-	for _, svc := range services {
-		r.add(svc, bySvc[name{svc.Namespace, svc.Name}])
-	}
-	r.hostPorts(d.Pods)
-	r.table.Services = settle(append(r.claims[clusterClaim], slices.Concat(r.claims[clusterClaim+1:]...)...))
-	r.table.Near = slices.SortedFunc(maps.Keys(r.near), netip.Addr.Compare)
-	return r.table
-}
-
-// settle orders claims by port, and keeps the first one of each port.
-func settle(claims []Service) []Service {
-	order := make([]int32, len(claims)) // claims are too large to be moved about
-	for i := range order {
-		order[i] = int32(i)
-	}
-	slices.SortFunc(order, func(i, j int32) int {
-		if c := claims[i].Compare(claims[j].Port); c != 0 {
-			return c
-		}
-		return cmp.Compare(i, j)
-	})
-	out := make([]Service, 0, len(claims))
-	for _, i := range order {
-		if n := len(out); n == 0 || out[n-1].Port != claims[i].Port {
-			out = append(out, claims[i])
-		}
-	}
-	return out
-}
+// Render returns the table that d asks for, see [Renderer.Render].
+func Render(d Desired) Table { return new(Renderer).Render(d) }
 
 func newRenderer(d Desired) *renderer {
-	r := &renderer{node: d.Node, near: map[netip.Addr]bool{}, table: Table{
+	r := &renderer{node: d.Node, table: Table{
 		Range:     prefixes(d.ServiceCIDR),
 		Announced: prefixes(d.Announced),
 		Cluster:   prefixes(d.ClusterCIDR),
@@ -127,17 +83,6 @@ func prefixes(ps []netip.Prefix) []netip.Prefix {
 		}
 	}
 	return kept
-}
-
-func slicesByService(all []*discoveryv1.EndpointSlice) map[name][]*discoveryv1.EndpointSlice {
-	out := make(map[name][]*discoveryv1.EndpointSlice, len(all))
-	for _, s := range all {
-		if svc := s.Labels[discoveryv1.LabelServiceName]; svc != "" {
-			k := name{s.Namespace, svc}
-			out[k] = append(out[k], s)
-		}
-	}
-	return out
 }
 
 // add claims a port of every address of svc, in the families that it has cluster
@@ -185,7 +130,7 @@ func (r *renderer) claim(kind int, s Service, at Port, addrs []netip.Addr, v4 bo
 	for _, a := range addrs {
 		if a.Is4() == v4 {
 			s.Port = Port{Addr: a, Proto: at.Proto, Port: at.Port}
-			r.claims[kind], claimed = append(r.claims[kind], s), true
+			r.part.claims, claimed = append(r.part.claims, claim{kind, s}), true
 		}
 	}
 	if claimed {
@@ -294,15 +239,15 @@ func scheduler(svc *corev1.Service, s *Service) string {
 	return name
 }
 
-// Targets returns the pods that d means to send new connections to: those behind
-// ready endpoints that are not about to end.
+// Targets returns the pods of d's node that new connections are meant to be sent to:
+// those behind ready endpoints that are not about to end.
 func Targets(d Desired) map[types.UID]bool {
 	out := map[types.UID]bool{}
 	for _, s := range d.Slices {
 		for i := range s.Endpoints {
 			ep, c := &s.Endpoints[i], &s.Endpoints[i].Conditions
 			ready, ending := c.Ready == nil || *c.Ready, c.Terminating != nil && *c.Terminating
-			if ep.TargetRef != nil && ready && !ending {
+			if here := ep.NodeName == nil || *ep.NodeName == d.Node; here && ep.TargetRef != nil && ready && !ending {
 				out[ep.TargetRef.UID] = true
 			}
 		}

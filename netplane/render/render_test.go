@@ -3,7 +3,9 @@ package render
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -216,16 +218,74 @@ func TestOrder(t *testing.T) {
 	})
 }
 
+// TestRendererRemembers: one table after the other is what each would be alone, whatever
+// changed in between. What changes is another object.
+func TestRendererRemembers(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		var r Renderer
+		services, eps := map[string]*corev1.Service{}, map[string]*discoveryv1.EndpointSlice{}
+		zone := "a"
+		for range rapid.IntRange(1, 12).Draw(t, "steps") {
+			name := fmt.Sprint("s", rapid.IntRange(0, 4).Draw(t, "service"))
+			switch rapid.IntRange(0, 4).Draw(t, "what") {
+			case 0:
+				delete(services, name)
+			case 1:
+				services[name] = svc(name, corev1.ServiceSpec{
+					Type: corev1.ServiceTypeNodePort, ClusterIP: fmt.Sprint("10.97.0.", rapid.IntRange(1, 4).Draw(t, "ip")),
+					ExternalIPs: []string{fmt.Sprint("203.0.113.", rapid.IntRange(1, 3).Draw(t, "external"))},
+					Ports:       []corev1.ServicePort{{Name: "p", Port: rapid.Int32Range(1, 3).Draw(t, "port"), NodePort: rapid.Int32Range(30001, 30003).Draw(t, "node port")}},
+				})
+			case 2:
+				delete(eps, name)
+			case 3:
+				s := slice(name, discoveryv1.AddressTypeIPv4, 8080)
+				for range rapid.IntRange(0, 3).Draw(t, "endpoints") {
+					e := ep(fmt.Sprint("10.98.0.", rapid.IntRange(1, 5).Draw(t, "ep")))
+					e.NodeName = new(rapid.SampledFrom([]string{"n1", "n2"}).Draw(t, "node"))
+					e.Hints = &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: rapid.SampledFrom([]string{"a", "b"}).Draw(t, "hint")}}}
+					s.Endpoints = append(s.Endpoints, e)
+				}
+				eps[name] = s
+			case 4:
+				zone = rapid.SampledFrom([]string{"a", "b"}).Draw(t, "zone")
+			}
+			d := Desired{Node: "n1", Nodes: []*corev1.Node{{
+				ObjectMeta: metav1.ObjectMeta{Name: "n1", Labels: map[string]string{corev1.LabelTopologyZone: zone}},
+				Status:     corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: "192.0.2.1"}}},
+			}}}
+			d.Services = slices.Collect(maps.Values(services)) // in any order
+			d.Slices = slices.Collect(maps.Values(eps))
+			if got, want := r.Render(d), Render(d); !got.Equal(want) {
+				t.Fatalf("%s\nalone:\n%s", text(got), text(want))
+			}
+		}
+	})
+}
+
+// BenchmarkRender is the first table, and the next one after a slice has changed.
 func BenchmarkRender(b *testing.B) {
 	var d Desired
 	for i := range 30000 {
-		name := fmt.Sprint("s", i)
+		name := fmt.Sprintf("s%05d", i) // in order, as a view has them
 		d.Services = append(d.Services, svc(name, corev1.ServiceSpec{ClusterIP: fmt.Sprintf("10.97.%d.%d", i/250, i%250), Ports: []corev1.ServicePort{{Name: "p", Port: 80}}}))
 		d.Slices = append(d.Slices, slice(name, discoveryv1.AddressTypeIPv4, 8080, "10.98.0.1", "10.98.0.2", "10.98.0.3"))
 	}
-	for b.Loop() {
-		Render(d)
-	}
+	b.Run("first", func(b *testing.B) {
+		for b.Loop() {
+			Render(d)
+		}
+	})
+	b.Run("next", func(b *testing.B) {
+		var r Renderer
+		r.Render(d)
+		for i := 0; b.Loop(); i++ {
+			at := i % len(d.Slices)
+			s := *d.Slices[at]
+			d.Slices[at] = &s
+			r.Render(d)
+		}
+	})
 }
 
 // TestScheduler: what a service asks for holds for all of its ports that have endpoints, and

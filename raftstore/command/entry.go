@@ -80,6 +80,9 @@ func EncodeEntry(format int, txns ...[]byte) ([]byte, error) {
 	return b, nil
 }
 
+// FormatOfEntry is the format of an entry that [EncodeEntry] made.
+func FormatOfEntry(entry []byte) int { return int(entry[0]) }
+
 // Decoder decodes log entries. The zero value reads everything that this version
 // knows.
 type Decoder struct {

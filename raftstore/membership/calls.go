@@ -11,6 +11,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/raftstore"
+	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/raftstore/pki"
 	"decree.dev/decree/schemas/api"
@@ -46,7 +47,8 @@ type target struct {
 }
 
 // Announce tells the leader who this server is, and so joins the cluster if it is not
-// in it yet. servers are addresses to ask; any server passes the word on.
+// in it yet. servers are addresses to ask; any server passes the word on. What is refused
+// for good matches [IsRemoved] or [IsTooOld].
 func (k *Keeper) Announce(ctx context.Context, servers []string) error {
 	var errs []error
 	for _, address := range servers {
@@ -76,7 +78,8 @@ func (k *Keeper) admit(ctx context.Context, from peer.Identity, who Self) (any, 
 	return struct{}{}, k.AdmitHere(ctx, who)
 }
 
-// AdmitHere is [Keeper.Announce] on the leader.
+// AdmitHere is [Keeper.Announce] on the leader. What it refuses for good matches
+// [IsRemoved] or [IsTooOld].
 func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 	// First the word, then the membership: what formats may be written depends on what
 	// every member understands.
@@ -84,6 +87,11 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 		view, err := k.Store.Read(ctx)
 		if err != nil {
 			return err
+		}
+		if !k.isMember(who.ID) {
+			if err := k.Store.CheckFormat(who.ID, who.Format); err != nil {
+				return err
+			}
 		}
 		m, gone, err := admission(view, who)
 		if err != nil {
@@ -98,7 +106,7 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 		if m == nil {
 			break
 		}
-		if err := k.propose(ctx, "server "+who.ID+" announces itself", *m); err != nil {
+		if err := k.propose(ctx, "server "+who.ID+" announces itself", *m); err != nil && !overtaken(err) {
 			return err
 		}
 	}
@@ -111,8 +119,21 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 	return k.Store.SetMember(ctx, m)
 }
 
+// isMember reports whether a server is in the configuration.
+func (k *Keeper) isMember(id string) bool {
+	return slices.ContainsFunc(k.Store.Members(), func(m raftstore.Member) bool { return m.ID == id })
+}
+
 // removedError says that a server was taken out of the cluster.
 type removedError struct{ server *api.Server }
+
+// overtaken says whether a write was refused because another one came first: what
+// to write is decided anew then. A server announces itself twice at the same time
+// when it has just become the leader.
+func overtaken(err error) bool {
+	rejected, ok := errors.AsType[*command.Rejection](err)
+	return ok && (rejected.Code == command.Exists || rejected.Code == command.NotFound || rejected.Code == command.Conflict)
+}
 
 const codeRemoved = "removed"
 
@@ -137,12 +158,18 @@ func (*removedError) ErrorCode() string { return codeRemoved }
 
 // IsRemoved reports whether err says that a server was taken out of the cluster for
 // good, whichever server found that.
-func IsRemoved(err error) bool {
-	if remote, ok := errors.AsType[*peer.RemoteError](err); ok {
-		return remote.Code == codeRemoved
-	}
-	_, ok := errors.AsType[*removedError](err)
-	return ok
+func IsRemoved(err error) bool { return hasCode(err, codeRemoved) }
+
+// IsTooOld reports whether err says that a server could not read the cluster's log,
+// whichever server found that: its version has to be replaced.
+func IsTooOld(err error) bool { return hasCode(err, raftstore.CodeTooOld) }
+
+func hasCode(err error, code string) bool {
+	coded, ok := errors.AsType[interface {
+		error
+		ErrorCode() string
+	}](err)
+	return ok && coded.ErrorCode() == code
 }
 
 // admission decides what is written next when a server announces itself, nil for

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sync/errgroup"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -81,6 +82,7 @@ type options struct {
 	id     string // empty: the node's name
 	first  bool   // makes the cluster
 	policy membership.Policy
+	format int // that it understands, by its own account; 0: 2
 	l      net.Listener
 }
 
@@ -94,6 +96,9 @@ func (c *cluster) start(node string, o options) *server {
 	}
 	if o.policy == (membership.Policy{}) {
 		o.policy = membership.DefaultPolicy
+	}
+	if o.format == 0 {
+		o.format = 2
 	}
 	if o.l == nil {
 		var err error
@@ -128,7 +133,7 @@ func (c *cluster) start(node string, o options) *server {
 	s.keeper = &membership.Keeper{
 		Store: s.store, Peers: s.peers, Policy: o.policy, Log: log,
 		Self: func() membership.Self {
-			return membership.Self{ID: o.id, ServerSpec: api.ServerSpec{Node: node, Address: s.address}, ServerStatus: api.ServerStatus{Version: "test", Format: 2}}
+			return membership.Self{ID: o.id, ServerSpec: api.ServerSpec{Node: node, Address: s.address}, ServerStatus: api.ServerStatus{Version: "test", Format: o.format}}
 		},
 	}
 	ctx, cancel := context.WithCancel(context.Background())
@@ -253,6 +258,24 @@ func three(t testing.TB) (*cluster, []*server) {
 	return c, []*server{a, b, d}
 }
 
+// TestAnnouncedTwice: announcements of one server that arrive at the same time are
+// all heard. A server that has just become the leader sends one and makes one.
+func TestAnnouncedTwice(t *testing.T) {
+	c := newCluster(t)
+	a := c.start("a", options{first: true})
+	if err := a.store.WaitReady(deadline(t)); err != nil {
+		t.Fatal(err)
+	}
+	var calls errgroup.Group
+	for range 16 {
+		calls.Go(func() error { return a.keeper.AdmitHere(deadline(t), a.keeper.Self()) })
+	}
+	if err := calls.Wait(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "one server votes", a, voters(1))
+}
+
 // TestEveryServerServes: proposals and linearizable reads work on followers.
 func TestEveryServerServes(t *testing.T) {
 	_, servers := three(t)
@@ -335,6 +358,30 @@ func TestReplace(t *testing.T) {
 	if _, ok := again.store.View().Get(api.KeyOf(configMap("one", ""))); !ok {
 		t.Fatal("the new server lacks the state")
 	}
+}
+
+// TestTooOld: a server of a version that cannot read what the cluster has written is not
+// let in, whoever it asks, and the server that it would replace stays.
+func TestTooOld(t *testing.T) {
+	c, servers := three(t) // in the log are Servers, which format 2 brought
+	servers[2].stop()
+	old := c.start("c", options{id: "c-2", format: 1})
+	for _, s := range servers[:2] {
+		err := old.keeper.Announce(deadline(t), []string{s.address})
+		if !membership.IsTooOld(err) || membership.IsRemoved(err) || !strings.Contains(err.Error(), "server c-2 understands log formats up to 1") {
+			t.Fatalf("%s: a server of an old version: %v", s.id, err)
+		}
+	}
+	for _, m := range servers[0].store.Members() {
+		if m.ID == "c-2" {
+			t.Error("it was let in")
+		}
+	}
+	if _, ok := api.Get[*api.Server](servers[0].store.View(), "", "c"); !ok || len(servers[0].store.Members()) != 3 {
+		t.Error("the server that it would have replaced is gone")
+	}
+	c.start("c", options{id: "c-3"}).join(servers[1])
+	until(t, "one of this version votes in its place", servers[0], voters(3))
 }
 
 // TestRemoved: a server that was taken out cannot come back by itself.

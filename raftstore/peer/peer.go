@@ -75,6 +75,9 @@ type RemoteError struct {
 // Error implements error.
 func (e *RemoteError) Error() string { return e.Text }
 
+// ErrorCode has the code go on when the error is passed on.
+func (e *RemoteError) ErrorCode() string { return e.Code }
+
 // coded is implemented by errors that callers on other servers tell apart.
 type coded interface {
 	error

@@ -10,12 +10,16 @@ import (
 	"os/exec"
 	"runtime"
 	"syscall"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// runAlike runs a Go program such that it does the same every time.
+// begin is called by a program that was started with [runAlike] where all threads but the
+// one that calls it have come to rest, and what is to be alike begins. It returns at once.
+func begin() { unix.Getppid() } // a call that nothing in the start of a Go program makes
+
+// runAlike runs a Go program such that it does the same every time. The program must call
+// [begin]; one that ends before was not started alike, and is an error.
 func runAlike(cmd *exec.Cmd, seed uint64) error {
 	runtime.LockOSThread() // whoever traces a process is one thread
 	defer runtime.UnlockOSThread()
@@ -52,8 +56,8 @@ func startUnshuffled(cmd *exec.Cmd) error {
 	return cmd.Start()
 }
 
-// prepare brings a process that was just started to the point where its monitor thread
-// is there, stopped for ever, and lets the others go. It returns the monitor's id.
+// prepare brings a process that was just started to where it calls begin, and lets it go,
+// without its monitor thread, whose id it returns.
 func prepare(pid int, seed uint64) (monitor int, err error) {
 	var status unix.WaitStatus
 	if _, err := unix.Wait4(pid, &status, 0, nil); err != nil || !status.Stopped() {
@@ -65,66 +69,34 @@ func prepare(pid int, seed uint64) (monitor int, err error) {
 	if err := stopClock(pid); err != nil {
 		return 0, fmt.Errorf("stop the clock of the child: %w", err)
 	}
-	if err := settleOn(pid, int(seed)); err != nil {
+	var processors, one unix.CPUSet
+	if err := unix.SchedGetaffinity(pid, &processors); err != nil {
+		return 0, fmt.Errorf("ask for the child's processors: %w", err)
+	}
+	for cpu := 0; one.Count() == 0; cpu++ {
+		if processors.IsSet(cpu) {
+			one.Set(cpu)
+		}
+	}
+	// The runtime counts its processors when it starts, and waits in other ways with one.
+	if err := unix.SchedSetaffinity(pid, &one); err != nil {
 		return 0, fmt.Errorf("give the child one processor: %w", err)
 	}
 	// With EXITKILL, a child never outlives who started it.
-	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_TRACECLONE|unix.PTRACE_O_EXITKILL); err != nil {
+	if err := unix.PtraceSetOptions(pid, unix.PTRACE_O_TRACECLONE|unix.PTRACE_O_TRACESYSGOOD|unix.PTRACE_O_EXITKILL); err != nil {
 		return 0, fmt.Errorf("trace the child: %w", err)
 	}
-	for signal := 0; ; {
-		if err := unix.PtraceCont(pid, signal); err != nil {
-			return 0, fmt.Errorf("let the child go on: %w", err)
-		}
-		if _, err := unix.Wait4(pid, &status, unix.WALL, nil); err != nil || !status.Stopped() {
-			return 0, fmt.Errorf("wait for the child's monitor: %v %w", status, err)
-		}
-		if status.TrapCause() == unix.PTRACE_EVENT_CLONE {
-			break // the first thread that the runtime starts
-		}
-		signal = int(status.StopSignal())
+	s := startup{pid: pid, running: pid}
+	if err := s.run(); err != nil {
+		return 0, fmt.Errorf("start the child, one thread at a time: %w", err)
 	}
-	id, err := unix.PtraceGetEventMsg(pid)
-	if err != nil {
-		return 0, fmt.Errorf("find the child's monitor: %w", err)
+	if err := unix.SchedSetaffinity(s.running, &processors); err != nil {
+		return 0, fmt.Errorf("give the child all processors: %w", err)
 	}
-	if _, err := unix.Wait4(int(id), &status, unix.WALL, nil); err != nil {
-		return 0, fmt.Errorf("stop the child's monitor: %w", err)
-	}
-	if err := unix.PtraceDetach(pid); err != nil {
+	if err := s.detach(); err != nil {
 		return 0, fmt.Errorf("let the child go: %w", err)
 	}
-	return int(id), nil
-}
-
-// settleOn keeps a process on one processor, and lets none of its threads interrupt
-// another one: how many threads the runtime starts would depend on that.
-func settleOn(pid, n int) error {
-	var have unix.CPUSet
-	if err := unix.SchedGetaffinity(pid, &have); err != nil {
-		return err
-	}
-	n %= have.Count()
-	for cpu := 0; ; cpu++ {
-		if !have.IsSet(cpu) {
-			continue
-		}
-		if n == 0 {
-			var one unix.CPUSet
-			one.Set(cpu)
-			if err := unix.SchedSetaffinity(pid, &one); err != nil {
-				return err
-			}
-			break
-		}
-		n--
-	}
-	const batch = 3 // SCHED_BATCH
-	var priority int32
-	if _, _, errno := unix.Syscall(unix.SYS_SCHED_SETSCHEDULER, uintptr(pid), batch, uintptr(unsafe.Pointer(&priority))); errno != 0 {
-		return errno
-	}
-	return nil
+	return s.monitor, nil
 }
 
 // plant overwrites the 16 random bytes that the kernel gives a program.

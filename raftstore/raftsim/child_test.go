@@ -3,26 +3,20 @@ package raftsim_test
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/fnv"
+	"io"
 	"math/rand"
-	rand2 "math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
-	"runtime/pprof"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
 	"testing/cryptotest"
 	"testing/synctest"
 	"time"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -31,36 +25,15 @@ import (
 
 // A seed runs in a process of its own, which is made to always run alike: one processor,
 // no preemption, no garbage collection, no clock, and the randomness that the runtime
-// begins with (for select, maps and timers) replaced. The runtime's monitor thread, which
-// preempts by the real clock, is stopped before it does anything.
-//
-// What cannot be had is that the program always starts alike: its threads take turns as
-// the kernel likes, so memory is handed out in another order now and then, and that
-// decides the order of maps that are keyed by pointers, as those of contexts are. So each
-// run says how it started, and whoever wants it again starts until it starts like that.
+// begins with (for select, maps and timers) replaced. While the program starts its threads
+// run in a fixed order (startup), and then only one of them does.
 
 const (
 	jobVar    = "RAFTSIM_JOB"
-	startTag  = "raftsim start: "
 	resultTag = "raftsim result: "
 	traceFile = "trace"
 	traceRoom = 64 << 20 // bytes
 )
-
-// job is what a child is to do.
-type job struct {
-	raftsim.Options
-	Start string // how it must have started, anyStart if that does not matter
-}
-
-// anyStart is as long as any other: memory depends on it.
-const anyStart = "................"
-
-// result is what a child says.
-type result struct {
-	raftsim.Report
-	Start string // with the seed, all that the run depends on
-}
 
 // TestChild is the child.
 func TestChild(t *testing.T) {
@@ -68,8 +41,8 @@ func TestChild(t *testing.T) {
 	if text == "" {
 		t.Skip("only in the processes that other tests start")
 	}
-	var j job
-	if err := json.Unmarshal([]byte(text), &j); err != nil {
+	var o raftsim.Options
+	if err := json.Unmarshal([]byte(text), &o); err != nil {
 		t.Fatal(err)
 	}
 	// Every run is traced, into a file and without allocating, so that all are alike: a run
@@ -78,7 +51,7 @@ func TestChild(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	o, room := j.Options, traceRoom
+	room := traceRoom
 	o.Trace = func(line []byte) {
 		if room -= len(line); room > 0 {
 			unix.Write(file, line)
@@ -86,15 +59,10 @@ func TestChild(t *testing.T) {
 	}
 	cryptotest.SetGlobalRandom(t, o.Seed)
 	rand.Seed(int64(o.Seed)) //lint:ignore SA1019 hashicorp/raft draws its timeouts from the global source
-	freshThread(t)
-	thread := unix.Gettid()
 	synctest.Test(t, func(t *testing.T) {
-		start := howItStarted()
-		if j.Start != anyStart && j.Start != start {
-			t.Fatal(sayStart)
-		}
-		fmt.Printf("%s%s\n", startTag, start)
-		out, err := json.Marshal(result{*raftsim.Run(o), start})
+		begin()
+		thread := unix.Gettid()
+		out, err := json.Marshal(raftsim.Run(o))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -108,118 +76,19 @@ func TestChild(t *testing.T) {
 	})
 }
 
-// threads is more than a program has when it has started.
-const threads = 16
-
-// freshThread makes goroutines run on the thread that was started as number 16, by
-// keeping all others busy: each thread has random numbers of its own, which follow from
-// its number, and how many threads there are and what they used of theirs while the
-// program started is a matter of chance.
-func freshThread(t *testing.T) {
-	started := pprof.Lookup("threadcreate")
-	for started.Count() < threads {
-		locked := make(chan struct{})
-		go func() {
-			runtime.LockOSThread()
-			close(locked)
-			select {}
-		}()
-		<-locked
-		runtime.Gosched()
-	}
-	if n := started.Count(); n != threads {
-		t.Fatalf("%d threads", n)
-	}
-	ids, _ := filepath.Glob("/proc/self/task/*")
-	newest := 0
-	for _, id := range ids {
-		n, _ := strconv.Atoi(filepath.Base(id))
-		newest = max(newest, n)
-	}
-	if newest != unix.Gettid() {
-		t.Fatal(sayThread)
-	}
-}
-
-// howItStarted tells where the next memory will come from, of every size and for every
-// purpose, and which random numbers come next. Two children of a seed that answer the
-// same run alike.
-func howItStarted() string {
-	sum := fnv.New64a()
-	note := func(v uint64) { sum.Write(binary.LittleEndian.AppendUint64(nil, v)) }
-	for size := 8; size <= 64<<10; size += max(8, size/8) {
-		data, pointers := make([]byte, size), make([]*byte, size/8)
-		note(uint64(uintptr(unsafe.Pointer(unsafe.SliceData(data)))))
-		note(uint64(uintptr(unsafe.Pointer(unsafe.SliceData(pointers)))))
-	}
-	stacks := make(chan uint64)
-	for range 32 {
-		go func() {
-			var here byte
-			stacks <- uint64(uintptr(unsafe.Pointer(&here)))
-		}()
-		note(<-stacks)
-	}
-	open := make(chan struct{})
-	close(open)
-	for range 64 {
-		select { // draws, as the run does
-		case <-open:
-			note(0)
-		case <-open:
-			note(1)
-		}
-	}
-	note(rand2.Uint64())
-	return fmt.Sprintf("%016x", sum.Sum64())
-}
-
 // childTime is how long a child may take, in real time: a thousand times what it needs.
 const childTime = time.Minute
 
-// What a child says that did not get the thread or the start it needs. It is started
-// again: for a rare start, very often.
-const (
-	sayThread = "not on the newest thread"
-	sayStart  = "another start"
-	threadTry = 5
-)
-
-var (
-	errThread = errors.New("did not get a thread of its own")
-	errStart  = errors.New("did not start as asked")
-)
-
-// runChild runs a seed in a child, from the given start, which it tries to get for tries
-// times. keep, when not nil, decides whether the trace of every event is kept in a file,
-// which is then named.
-func runChild(j job, tries int, keep func(*result, error) bool) (r *result, trace string, err error) {
-	for thread := 0; thread < threadTry && tries > 0; {
-		r, trace, err = tryChild(j, keep)
-		switch {
-		case errors.Is(err, errThread):
-			thread++
-		case errors.Is(err, errStart):
-			thread = 0
-			tries--
-		case err != nil:
-			return r, trace, fmt.Errorf("run seed %d: %w", j.Seed, err)
-		default:
-			return r, trace, nil
-		}
-	}
-	return r, trace, fmt.Errorf("run seed %d: %w", j.Seed, err)
-}
-
-func tryChild(j job, keep func(*result, error) bool) (_ *result, trace string, err error) {
-	dir, err := os.MkdirTemp(memory(), fmt.Sprintf("raftsim-%d-", j.Seed))
+// runChild runs a seed in a child. keep, when not nil, decides whether the trace of every
+// event is kept in a file, which is then named.
+func runChild(o raftsim.Options, keep func(*raftsim.Report, error) bool) (r *raftsim.Report, trace string, err error) {
+	dir, err := os.MkdirTemp(memory(), fmt.Sprintf("raftsim-%d-", o.Seed))
 	if err != nil {
 		return nil, "", err
 	}
 	defer os.RemoveAll(dir)
-	r, err := startChild(j, dir)
-	if errors.Is(err, errThread) || errors.Is(err, errStart) {
-		return nil, "", err
+	if r, err = startChild(o, dir); err != nil {
+		err = fmt.Errorf("run seed %d: %w", o.Seed, err)
 	}
 	if keep != nil && keep(r, err) {
 		data, readErr := os.ReadFile(filepath.Join(dir, traceFile))
@@ -229,68 +98,76 @@ func tryChild(j job, keep func(*result, error) bool) (_ *result, trace string, e
 	return r, trace, err
 }
 
-// nextVersion builds these tests with what stands in for the next version of decree.
-var nextVersion = sync.OnceValues(func() (string, error) {
-	file := filepath.Join(built, "next.test")
-	if out, err := exec.Command("go", "test", "-c", "-tags", "decree_next_format", "-o", file, ".").CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build the next version: %w\n%s", err, out)
-	}
-	return file, nil
-})
+// The programs that children run.
+var (
+	thisVersion = sync.OnceValues(func() (*os.File, error) {
+		self, err := os.Executable()
+		if err != nil {
+			return nil, err
+		}
+		return inMemory(self)
+	})
+	// nextVersion is these tests with what stands in for the next version of decree.
+	nextVersion = sync.OnceValues(func() (*os.File, error) {
+		dir, err := os.MkdirTemp("", "raftsim-")
+		if err != nil {
+			return nil, err
+		}
+		defer os.RemoveAll(dir)
+		file := filepath.Join(dir, "next.test")
+		if out, err := exec.Command("go", "test", "-c", "-tags", "decree_next_format", "-o", file, ".").CombinedOutput(); err != nil {
+			return nil, fmt.Errorf("build the next version: %w\n%s", err, out)
+		}
+		return inMemory(file)
+	})
+)
 
-// built is a folder for nextVersion.
-var built string
-
-func TestMain(m *testing.M) {
-	if os.Getenv(jobVar) != "" {
-		os.Exit(m.Run())
-	}
-	dir, err := os.MkdirTemp("", "raftsim-built-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	built = dir
-	code := m.Run()
-	os.RemoveAll(dir)
-	os.Exit(code)
-}
-
-func startChild(j job, dir string) (*result, error) {
-	j.Dir = "." // a name that is always the same
-	text, err := json.Marshal(j)
+// inMemory copies a program to where its name is always the same: a program knows the name
+// of its file, and where its memory is depends on how long that is.
+func inMemory(program string) (*os.File, error) {
+	from, err := os.Open(program)
 	if err != nil {
 		return nil, err
 	}
-	self, err := os.Executable()
-	if err == nil && j.Upgrade {
-		self, err = nextVersion()
+	defer from.Close()
+	fd, err := unix.MemfdCreate("raftsim", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("make a file in memory: %w", err)
 	}
+	f := os.NewFile(uintptr(fd), "raftsim")
+	_, err = io.Copy(f, from)
+	return f, err
+}
+
+func startChild(o raftsim.Options, dir string) (*raftsim.Report, error) {
+	o.Dir = "."
+	text, err := json.Marshal(o)
+	if err != nil {
+		return nil, err
+	}
+	program := thisVersion
+	if o.Upgrade {
+		program = nextVersion
+	}
+	file, err := program()
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), childTime)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, self, "-test.run=^TestChild$", "-test.timeout=0")
+	cmd := exec.CommandContext(ctx, "/proc/self/fd/3", "-test.run=^TestChild$", "-test.timeout=0")
 	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGQUIT) } // tells where it hangs
 	cmd.WaitDelay = childTime / 10
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	cmd.Dir, cmd.Args[0] = dir, "raftsim"
+	cmd.Dir, cmd.ExtraFiles = dir, []*os.File{file}
 	cmd.Env = []string{"GOMAXPROCS=1", "GOGC=off", "GODEBUG=asyncpreemptoff=1,memprofilerate=0,randseednop=0", jobVar + "=" + string(text)}
-	err = runAlike(cmd, j.Seed)
+	err = runAlike(cmd, o.Seed)
 	if text, ok := after(stdout.String(), resultTag); ok && err == nil {
-		r := new(result)
+		r := new(raftsim.Report)
 		return r, json.Unmarshal([]byte(text), r)
 	}
-	switch {
-	case strings.Contains(stdout.String(), sayThread):
-		return nil, errThread
-	case strings.Contains(stdout.String(), sayStart):
-		return nil, errStart
-	}
-	start, _ := after(stdout.String(), startTag)
-	return nil, fmt.Errorf("no result, start %s: %w\n%s%s", start, err, stdout.String(), tail(stderr.String()))
+	return nil, fmt.Errorf("no result: %w\n%s%s", err, stdout.String(), tail(stderr.String()))
 }
 
 // after returns the rest of the line that has a tag.

@@ -18,13 +18,12 @@ import (
 var (
 	seedFlag  = flag.Uint64("seed", 0, "the seed that TestSeed runs; the first one of TestSeeds")
 	seedsFlag = flag.Int("seeds", 0, "how many seeds TestSeeds runs; 1000 when zero, 50 with -short")
-	startFlag = flag.String("start", anyStart, "how the process of TestSeed must have started, to run as another one did")
 	traceFlag = flag.Bool("trace", false, "print every event of TestSeed")
 )
 
 // TestSeed runs one seed, as it always runs.
 func TestSeed(t *testing.T) {
-	report, trace, err := runChild(job{options(*seedFlag), *startFlag}, replayTries, func(*result, error) bool { return true })
+	report, trace, err := runChild(options(*seedFlag), always)
 	if trace != "" && *traceFlag {
 		data, err := os.ReadFile(trace)
 		if err != nil {
@@ -41,12 +40,11 @@ func TestSeed(t *testing.T) {
 	}
 }
 
-// bad decides that the trace of a run is kept.
-func bad(r *result, err error) bool { return err != nil || r.Err() != nil }
+// bad decides that the trace of a run is kept, if it failed.
+func bad(r *raftsim.Report, err error) bool { return err != nil || r.Err() != nil }
 
-// replayTries is how often a process is started in order to start as another one did:
-// most do at once, but one in a thousand starts like few others.
-const replayTries = 20_000
+// always decides that the trace of a run is kept.
+func always(*raftsim.Report, error) bool { return true }
 
 // spread calls do with 0 to n-1, on all processors.
 func spread(n int, do func(i int)) {
@@ -67,10 +65,10 @@ func spread(n int, do func(i int)) {
 }
 
 // each runs seeds, and hands over the results as they come, one at a time.
-func each(runs []job, keep func(*result, error) bool, take func(j job, r *result, trace string, err error)) {
+func each(runs []raftsim.Options, keep func(*raftsim.Report, error) bool, take func(o raftsim.Options, r *raftsim.Report, trace string, err error)) {
 	var mu sync.Mutex
 	spread(len(runs), func(i int) {
-		r, trace, err := runChild(runs[i], 1, keep)
+		r, trace, err := runChild(runs[i], keep)
 		mu.Lock()
 		defer mu.Unlock()
 		take(runs[i], r, trace, err)
@@ -80,14 +78,14 @@ func each(runs []job, keep func(*result, error) bool, take func(j job, r *result
 // options are those of a seed: one in five upgrades its servers.
 func options(seed uint64) raftsim.Options { return raftsim.Options{Seed: seed, Upgrade: seed%5 == 4} }
 
-func seeds(first uint64, n int, edit func(*raftsim.Options)) []job {
-	var runs []job
+func seeds(first uint64, n int, edit func(*raftsim.Options)) []raftsim.Options {
+	var runs []raftsim.Options
 	for i := range n {
-		j := job{options(first + uint64(i)), anyStart}
+		o := options(first + uint64(i))
 		if edit != nil {
-			edit(&j.Options)
+			edit(&o)
 		}
-		runs = append(runs, j)
+		runs = append(runs, o)
 	}
 	return runs
 }
@@ -104,9 +102,9 @@ func TestSeeds(t *testing.T) {
 	var ops, open, revisions int
 	var fake time.Duration
 	faults := map[string]int{}
-	each(seeds(*seedFlag, n, nil), bad, func(j job, r *result, trace string, err error) {
+	each(seeds(*seedFlag, n, nil), bad, func(o raftsim.Options, r *raftsim.Report, trace string, err error) {
 		if bad(r, err) {
-			t.Error(again(j, r, trace, err))
+			t.Error(again(o, r, trace, err))
 			return
 		}
 		ops, open, revisions, fake = ops+r.Ops, open+r.Unknown, revisions+int(r.Revision), fake+r.Fake
@@ -118,12 +116,11 @@ func TestSeeds(t *testing.T) {
 }
 
 // again says what is wrong with a run, and how to have it again.
-func again(j job, r *result, trace string, err error) string {
-	start := "as above"
+func again(o raftsim.Options, r *raftsim.Report, trace string, err error) string {
 	if err == nil {
-		err, start = r.Err(), r.Start
+		err = r.Err()
 	}
-	return fmt.Sprintf("%v\nevery event is in %s; again: go test ./raftstore/raftsim -run '^TestSeed$' -seed %d -start %s -trace", err, trace, j.Seed, start)
+	return fmt.Sprintf("%v\nevery event is in %s; again: go test ./raftstore/raftsim -run '^TestSeed$' -seed %d -trace", err, trace, o.Seed)
 }
 
 // TestReplay runs seeds several times: everything must happen again, at the same time.
@@ -136,36 +133,24 @@ func TestReplay(t *testing.T) {
 		n = *seedsFlag
 	}
 	spread(n, func(i int) {
-		for replay(t, job{options(*seedFlag + 1000 + uint64(i)), anyStart}, times) != nil {
-			t.Logf("seed %d started in a rare way", i)
+		o := options(*seedFlag + 1000 + uint64(i))
+		first, trace, err := runChild(o, always)
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		defer os.Remove(trace)
+		for range times - 1 {
+			r, other, err := runChild(o, always)
+			switch {
+			case err != nil:
+				t.Error(err)
+			case !reflect.DeepEqual(r, first):
+				t.Errorf("seed %d was two runs: %s", o.Seed, difference(trace, other))
+			}
+			os.Remove(other)
 		}
 	})
-}
-
-// replay runs a seed several times from one start. It fails if that is a rare one.
-func replay(t *testing.T, j job, times int) error {
-	const enough = 200
-	always := func(*result, error) bool { return true }
-	first, trace, err := runChild(j, 1, always)
-	if err != nil {
-		t.Error(err)
-		return nil
-	}
-	defer os.Remove(trace)
-	j.Start = first.Start
-	for range times - 1 {
-		r, other, err := runChild(j, enough, always)
-		switch {
-		case errors.Is(err, errStart):
-			return err
-		case err != nil:
-			t.Error(err)
-		case !reflect.DeepEqual(r, first):
-			t.Errorf("seed %d from start %s was two runs: %s", j.Seed, j.Start, difference(trace, other))
-		}
-		os.Remove(other)
-	}
-	return nil
 }
 
 // difference shows where two traces part.
@@ -193,7 +178,7 @@ func TestFaultsAreFound(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			const n = 20
 			found, panics := 0, 0
-			each(seeds(1, n, edit), nil, func(_ job, r *result, _ string, err error) {
+			each(seeds(1, n, edit), nil, func(_ raftsim.Options, r *raftsim.Report, _ string, err error) {
 				switch {
 				case err != nil:
 					panics++ // hashicorp/raft does, when its log has lost entries

@@ -52,14 +52,14 @@ var ErrCorrupt = errors.New("corrupt snapshot")
 // give equal bytes.
 func (s *State) WriteTo(w io.Writer) (int64, error) {
 	e := &snapshotWriter{w: w, sum: sha256.New()}
-	fmt.Fprintf(e, snapshotMagic, s.format())
+	fmt.Fprintf(e, snapshotMagic, s.Format())
 	header := binary.AppendUvarint(nil, s.index)
 	header = binary.AppendUvarint(header, s.revision)
 	header = binary.AppendVarint(header, s.time)
 	for _, n := range []uint64{s.services[0].next, s.nodes.next, s.history.next, uint64(s.history.size)} {
 		header = binary.AppendUvarint(header, n)
 	}
-	if s.format() >= 3 {
+	if s.Format() >= 3 {
 		header = binary.AppendUvarint(header, s.services[1].next)
 	}
 	e.frame(frameHeader, header)
@@ -77,8 +77,8 @@ func (s *State) WriteTo(w io.Writer) (int64, error) {
 	return e.n, nil
 }
 
-// format is the oldest log format that knows all of the content.
-func (s *State) format() int {
+// Format is the oldest log format that knows all of the content.
+func (s *State) Format() int {
 	format := command.Oldest
 	if len(s.parts) > 0 {
 		format = command.FormatOfParts

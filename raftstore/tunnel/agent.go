@@ -32,7 +32,10 @@ type Agent struct {
 	TLS     func() *tls.Config
 	// Local reaches the containers of this node.
 	Local apiserver.Nodes
-	Log   *slog.Logger // nil: slog.Default()
+	// Streams are conversations that servers may begin, by name. Each ends when the function
+	// returns; ctx ends when the server is gone.
+	Streams map[string]func(ctx context.Context, with io.ReadWriter) error
+	Log     *slog.Logger // nil: slog.Default()
 }
 
 const (
@@ -114,6 +117,9 @@ func (a *Agent) once(ctx context.Context, address string) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+logsPath, a.logs)
 	mux.HandleFunc("POST "+execPath, a.exec)
+	for name, converse := range a.Streams {
+		mux.HandleFunc("POST "+streamsPath+name, a.stream(name, converse))
+	}
 	(&http2.Server{MaxConcurrentStreams: 500, ReadIdleTimeout: 15 * time.Second, PingTimeout: 10 * time.Second}).ServeConn(conn, &http2.ServeConnOpts{Context: ctx, Handler: mux})
 	return nil
 }
@@ -203,6 +209,25 @@ func (a *Agent) exec(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	_ = down.write(frameExit, strconv.AppendInt(nil, int64(code), 10))
+}
+
+// stream serves one kind of conversation.
+func (a *Agent) stream(name string, converse func(context.Context, io.ReadWriter) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if http.NewResponseController(w).Flush() != nil { // so that the server may begin
+			return
+		}
+		both := struct {
+			io.Reader
+			io.Writer
+		}{r.Body, flushing{w}}
+		if err := converse(r.Context(), both); err != nil {
+			if a.Log != nil {
+				a.Log.Debug("stream ended", "stream", name, "reason", err)
+			}
+			panic(http.ErrAbortHandler) // the server must not take this for an orderly end
+		}
+	}
 }
 
 // takeInput passes on what the server sends until it ends.

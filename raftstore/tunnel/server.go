@@ -169,6 +169,38 @@ func (s *Server) Exec(ctx context.Context, node string, pod *corev1.Pod, e apise
 	return receive(resp.Body, e)
 }
 
+// Stream begins a conversation with a node, which it has under that name; a node that does not
+// is too old for it, which is a [Refused] with code 404. It lasts until ctx ends or it is
+// closed; Close waits until the node has ended its side.
+func (s *Server) Stream(ctx context.Context, node, name string) (io.ReadWriteCloser, error) {
+	ctx, cancel := context.WithCancel(ctx)
+	input, feed := io.Pipe()
+	// HTTP/2 does not look at ctx while it waits for more of a body.
+	context.AfterFunc(ctx, func() { feed.CloseWithError(context.Cause(ctx)) })
+	resp, err := s.ask(ctx, node, streamsPath+name, request{}, input)
+	if err != nil {
+		cancel()
+		return nil, err
+	}
+	return &conversation{Reader: resp.Body, Writer: feed, close: func() error {
+		defer cancel()
+		defer resp.Body.Close()
+		feed.Close()
+		_, err := io.Copy(io.Discard, resp.Body)
+		return err
+	}}, nil
+}
+
+// conversation is both directions of a stream.
+type conversation struct {
+	io.Reader
+	io.Writer
+	close func() error
+}
+
+// Close implements io.Closer.
+func (c *conversation) Close() error { return c.close() }
+
 func passSizes(ctx context.Context, sizes <-chan apiserver.TerminalSize, up *frameWriter) {
 	for {
 		select {

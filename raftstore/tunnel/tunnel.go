@@ -28,6 +28,8 @@ const Protocol = "decree-agent"
 const (
 	logsPath = "/logs"
 	execPath = "/exec"
+	// streamsPath is followed by the name of a stream.
+	streamsPath = "/streams/"
 )
 
 // request says what a server wants of a container.

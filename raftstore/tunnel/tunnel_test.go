@@ -1,6 +1,7 @@
 package tunnel_test
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/tls"
@@ -9,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -94,7 +96,7 @@ func setUp(t *testing.T) (*tunnel.Server, context.Context) {
 		return node, ok && isNode
 	}}
 	node := config(pki.Node("n1"))
-	agent := &tunnel.Agent{Node: "n1", Servers: func() []string { return []string{l.Addr().String()} }, TLS: func() *tls.Config { return node }, Local: echo{}}
+	agent := &tunnel.Agent{Node: "n1", Servers: func() []string { return []string{l.Addr().String()} }, TLS: func() *tls.Config { return node }, Local: echo{}, Streams: map[string]func(context.Context, io.ReadWriter) error{"double": double}}
 	ctx, cancel := context.WithCancel(context.Background())
 	var parts sync.WaitGroup
 	parts.Go(func() { mux.Serve(ctx) })
@@ -161,5 +163,56 @@ func TestExec(t *testing.T) {
 	defer stop()
 	if _, err := s.Exec(gone, "n1", pod, apiserver.ExecStreams{Command: []string{"hang"}, Stdout: io.Discard}); err == nil {
 		t.Fatal("a process that was given up has no exit code")
+	}
+}
+
+// double says every line twice, until the other side ends; "break" breaks.
+func double(_ context.Context, with io.ReadWriter) error {
+	lines := bufio.NewScanner(with)
+	for lines.Scan() {
+		if lines.Text() == "break" {
+			return errors.New("broken")
+		}
+		fmt.Fprintf(with, "%[1]s %[1]s\n", lines.Text())
+	}
+	_, err := io.WriteString(with, "end\n")
+	return err
+}
+
+func TestStream(t *testing.T) {
+	s, ctx := setUp(t)
+	with, err := s.Stream(ctx, "n1", "double")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewReader(with)
+	for _, word := range []string{"one", "two"} { // either side waits for the other
+		fmt.Fprintln(with, word)
+		if got, err := lines.ReadString('\n'); err != nil || got != word+" "+word+"\n" {
+			t.Fatalf("%q, %v", got, err)
+		}
+	}
+	if err := with.Close(); err != nil {
+		t.Errorf("an orderly end: %v", err)
+	}
+	var refused *tunnel.Refused
+	if _, err := s.Stream(ctx, "n1", "unheard-of"); !errors.As(err, &refused) || refused.Code != http.StatusNotFound {
+		t.Errorf("a stream that the node does not have: %v", err)
+	}
+	for name, end := range map[string]func(io.Writer, func()){
+		"the node breaks it":  func(w io.Writer, _ func()) { fmt.Fprintln(w, "break") },
+		"the asking one ends": func(_ io.Writer, stop func()) { stop() },
+	} {
+		asking, stop := context.WithCancel(ctx)
+		with, err := s.Stream(asking, "n1", "double")
+		if err != nil {
+			t.Fatal(err)
+		}
+		end(with, stop)
+		if got, err := io.ReadAll(with); err == nil {
+			t.Errorf("%s: it looks like an orderly end after %q", name, got)
+		}
+		with.Close()
+		stop()
 	}
 }

@@ -294,6 +294,31 @@ func TestReboot(t *testing.T) {
 
 // A heartbeat of a node of which nothing has changed is contact without content: it
 // must not become an entry of the log.
+// TestAnnotations: what the agent says of its node is put on the object, and taken off
+// again; what others put there stays.
+func TestAnnotations(t *testing.T) {
+	scenario(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.config.Annotations = map[string]string{"a": "1", "b": ""}
+		w.run()
+		w.after(time.Minute)
+		if got := w.plane.node("n1").Annotations; len(got) != 1 || got["a"] != "1" {
+			t.Errorf("at first: %v", got)
+		}
+		w.stop()
+		n := api.Clone(w.plane.node("n1"))
+		n.Annotations["c"] = "others'"
+		w.plane.set(n)
+		w.config.Annotations = map[string]string{"a": "", "b": "2"}
+		w.run()
+		defer w.stop()
+		w.after(time.Minute)
+		if got := w.plane.node("n1").Annotations; len(got) != 2 || got["b"] != "2" || got["c"] == "" {
+			t.Errorf("with another configuration: %v", got)
+		}
+	})
+}
+
 func TestHeartbeatsSayNothing(t *testing.T) {
 	scenario(t, func(t *testing.T) {
 		w := newWorld(t, makePod("web"))

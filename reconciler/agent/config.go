@@ -39,6 +39,8 @@ type Config struct {
 
 	// Labels are put on the Node object besides the well-known ones.
 	Labels map[string]string
+	// Annotations are put on the Node object; those that are empty are taken off.
+	Annotations map[string]string
 	// Capacity replaces measured values by name (cpu, memory, …).
 	Capacity corev1.ResourceList
 	MaxPods  int64 // 110 when zero

@@ -201,6 +201,14 @@ func (a *Agent) reportNode(f facts, last *corev1.Node, lost error, since time.Ti
 		missing = missing || node.Labels[k] != v
 		node.Labels[k] = v
 	}
+	for k, v := range a.cfg.Annotations {
+		missing = missing || node.Annotations[k] != v
+		if v == "" {
+			delete(node.Annotations, k)
+			continue
+		}
+		metav1.SetMetaDataAnnotation(&node.ObjectMeta, k, v)
+	}
 	if last != nil {
 		node.Status.Conditions = last.Status.Conditions
 	}

@@ -162,6 +162,38 @@ func TestRoom(t *testing.T) {
 	w.soon("it has moved", on("other", "n3"))
 }
 
+// TestNodesChangeHints: when a node comes into another zone, the services that prefer endpoints
+// near by learn of it, though no pod has changed.
+func TestNodesChangeHints(t *testing.T) {
+	w := newWorld(t)
+	w.start()
+	near, svc := corev1.ServiceTrafficDistributionPreferSameZone, service()
+	svc.Spec.TrafficDistribution = &near
+	w.create(svc)
+	zone := func(z string) func(*corev1.Node) {
+		return func(n *corev1.Node) { n.Labels = map[string]string{corev1.LabelTopologyZone: z} }
+	}
+	hinted := func(z string) func(api.Reader) bool {
+		return func(r api.Reader) bool {
+			for s := range api.List[*discoveryv1.EndpointSlice](r, "") {
+				for _, e := range s.Endpoints {
+					return e.Hints != nil && len(e.Hints.ForZones) == 1 && e.Hints.ForZones[0].Name == z
+				}
+			}
+			return false
+		}
+	}
+	w.create(deployment(1))
+	w.quiet()
+	for _, z := range []string{"east", "west"} {
+		n, _ := api.Get[*corev1.Node](w.store.View(), "", "n1")
+		n = api.Clone(n)
+		zone(z)(n)
+		w.mutate(api.Mutation{Verb: api.Update, Key: api.KeyOf(n), Object: n, UID: n.UID})
+		w.soon("the endpoint is hinted for "+z, hinted(z))
+	}
+}
+
 func TestBindingLatency(t *testing.T) {
 	w := newWorld(t)
 	w.start()

@@ -66,6 +66,8 @@ func controllers() []*controller {
 					return []api.Key{api.KeyOf(o)}
 				case *corev1.Pod:
 					return selecting(view, o)
+				case *corev1.Node:
+					return preferringNear(view)
 				}
 				return owner(o, "Service", api.Services)
 			},
@@ -94,6 +96,18 @@ func owner(o api.Object, kind string, r api.Resource) []api.Key {
 		return nil
 	}
 	return []api.Key{{Resource: r, Namespace: o.GetNamespace(), Name: ref.Name}}
+}
+
+// preferringNear lists the services whose endpoints have hints that depend on nodes: on their
+// zones, CPUs and health.
+func preferringNear(view api.Reader) []api.Key {
+	var keys []api.Key
+	for s := range api.List[*corev1.Service](view, "") {
+		if workload.PrefersNear(s) {
+			keys = append(keys, api.KeyOf(s))
+		}
+	}
+	return keys
 }
 
 // selecting lists the services whose selector matches the pod.

@@ -112,7 +112,7 @@ func groupKey(family discoveryv1.AddressType, ports []discoveryv1.EndpointPort) 
 }
 
 // gather sorts the service's pods into groups, in an order that depends on the
-// groups only.
+// groups only, and says who should use them.
 func gather(r api.Reader, svc *corev1.Service) []*group {
 	byKey := map[string]*group{}
 	selector := labels.SelectorFromSet(svc.Spec.Selector)
@@ -136,6 +136,12 @@ func gather(r api.Reader, svc *corev1.Service) []*group {
 			if e := endpointOf(r, svc, pod, ip); !deref(g.want[ip].Conditions.Ready, false) {
 				g.want[ip] = e
 			}
+		}
+	}
+	if PrefersNear(svc) {
+		before := hinted(r, svc)
+		for _, g := range byKey {
+			g.hint(r, svc, before)
 		}
 	}
 	return slices.SortedFunc(maps.Values(byKey), func(a, b *group) int { return cmp.Compare(a.key, b.key) })

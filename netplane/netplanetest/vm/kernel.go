@@ -156,7 +156,7 @@ func (k *kernel) initramfs(path string, cfg *Config) (err error) {
 		a.folder(dir)
 	}
 	a.copy("bin/busybox", busybox)
-	a.link("sbin/modprobe", "/bin/busybox")
+	a.text("sbin/modprobe", modprobe)
 	a.copy("bin/main", cfg.Binary)
 	a.text("init", initScript(cfg))
 	if err := a.addFiles(cfg.Files); err != nil {
@@ -183,6 +183,21 @@ func (k *kernel) initramfs(path string, cfg *Config) (err error) {
 	return a.end()
 }
 
+// modprobe is what the kernel calls when a module is missing. That of busybox takes a
+// module that another process is just loading for one that is there: the kernel then
+// answers EINVAL to who asked first. The wait has an end, as a module that begins may
+// itself ask for another one.
+const modprobe = `#!/bin/busybox sh
+/bin/busybox modprobe "$@"
+status=$?
+tries=0
+while /bin/busybox grep -q ' Loading ' /proc/modules && [ $tries -lt 100 ]; do
+	/bin/busybox sleep 0.01
+	tries=$((tries + 1))
+done
+exit $status
+`
+
 // initScript is the first process. The exit status stands alone on a line.
 func initScript(cfg *Config) string {
 	var b strings.Builder
@@ -196,9 +211,6 @@ mount -t tmpfs tmpfs /tmp
 ip link set lo up
 cd /root
 `)
-	for _, m := range cfg.Load {
-		b.WriteString("modprobe " + quote(m) + "\n")
-	}
 	for _, e := range cfg.Env {
 		b.WriteString("export " + quote(e) + "\n")
 	}
@@ -228,7 +240,6 @@ func newArchive(w io.Writer) *archive { return &archive{w: w, folders: map[strin
 const (
 	kindFolder = 0o040755
 	kindFile   = 0o100755
-	kindLink   = 0o120777
 )
 
 // entry writes the header of an entry, and its content.
@@ -262,10 +273,6 @@ func (a *archive) folder(name string) {
 
 func (a *archive) text(name, content string) {
 	a.entry(name, kindFile, int64(len(content)), strings.NewReader(content))
-}
-
-func (a *archive) link(name, target string) {
-	a.entry(name, kindLink, int64(len(target)), strings.NewReader(target))
 }
 
 func (a *archive) copy(name, from string) {

@@ -32,8 +32,8 @@ type Config struct {
 	// Files are executables of this machine that Binary runs, by absolute path.
 	Files []string
 	// Modules can be loaded, with all they depend on: by the kernel itself when it
-	// misses one, as on any host. Load are those of them loaded before Binary starts.
-	Modules, Load []string
+	// misses one, as on any host.
+	Modules []string
 	// Memory is in MiB, zero: 1024. CPUs, zero: 2.
 	Memory, CPUs int
 	// Timeout is how long all of it may take; zero: DefaultTimeout.

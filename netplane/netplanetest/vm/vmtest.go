@@ -32,10 +32,6 @@ var Modules = []string{
 	"veth", "dummy", "bridge", "vxlan", "wireguard", "sctp", "crc32c_intel",
 }
 
-// links are modules that are loaded at the start: tests that make links of a kind at the same
-// time would find its module half loaded.
-var links = []string{"veth", "bridge", "vxlan"}
-
 // Test runs tests of the calling test's own package inside a machine, those that
 // match the pattern run (as of go test -run), and fails t when they fail. Further
 // arguments go to the test binary. The console is in t's log.
@@ -54,7 +50,7 @@ func TestWith(t *testing.T, timeout time.Duration, run string, files []string, a
 	// Most tests wait for something, and few of them for a processor.
 	status, err := Run(t.Context(), Config{
 		Binary: binary(t), Args: append([]string{"-test.run", run, "-test.v", "-test.parallel=8"}, args...), Env: environment(), Files: files,
-		Modules: Modules, Load: links, Timeout: timeout, Console: io.MultiWriter(t.Output(), &seen),
+		Modules: Modules, Timeout: timeout, Console: io.MultiWriter(t.Output(), &seen),
 	})
 	if errors.Is(err, ErrMissing) && os.Getenv(Demand) == "" {
 		t.Skipf("%v (set %s=1 to make this a failure)", err, Demand)

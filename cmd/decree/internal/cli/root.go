@@ -106,7 +106,7 @@ Nothing else changes what should run.`,
 		id, title string
 		verbs     []*cobra.Command
 	}{
-		{"cluster", "Cluster:", []*cobra.Command{upCmd(e), downCmd(e), serverCmd(e), agentCmd(e), statusCmd(e), doctorCmd(e)}},
+		{"cluster", "Cluster:", []*cobra.Command{upCmd(e), downCmd(e), serverCmd(e), agentCmd(e), statusCmd(e), doctorCmd(e), netcheckCmd(e)}},
 		{"servers", "Servers:", []*cobra.Command{membersCmd(e), tokenCmd(e), caCmd(e), keysCmd(e), snapshotCmd(e, snapshotGit{check: daemon.CheckRepository, importing: daemon.ImportRepository})}},
 		{"git", "Manifests and Git:", []*cobra.Command{initCmd(e), vetCmd(e), renderCmd(e), planCmd(e), sourceCmd(e)}},
 		{"look", "Looking:", []*cobra.Command{getCmd(e), describeCmd(e), logsCmd(e), execCmd(e), eventsCmd(e), whyBlockedCmd(e)}},

@@ -120,6 +120,7 @@ server: containers are restarted, probes run, services answer.`,
 // node are the flags of machines that run containers.
 func (d *daemonFlags) node(c *cobra.Command, cfg *daemon.Config) {
 	f := c.Flags()
+	f.StringVar(&cfg.Zone, "zone", "", "the zone this machine is in (the node's label topology.kubernetes.io/zone), for services that prefer endpoints near by")
 	f.StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
 	f.StringVar(&cfg.ResolvConf, "resolv-conf", "/etc/resolv.conf", "file with the name servers for names outside the cluster")
 	f.StringVar(&d.backend, "service-backend", "", "ipvs or nftables: what balances services (default: ipvs where the kernel has it); the next start with another one changes it, and connections go on")
@@ -130,6 +131,7 @@ func (d *daemonFlags) node(c *cobra.Command, cfg *daemon.Config) {
 	f.StringVar(&cfg.Ingress.ACMEDirectory, "acme-directory", "", "URL of a CA (RFC 8555) that certificates are obtained from (default: none, or Let's Encrypt with --acme-email)")
 	f.StringVar(&cfg.Ingress.ACMEEmail, "acme-email", "", "address that the CA writes to about certificates")
 	f.StringVar(&cfg.Ingress.ACMERoots, "acme-ca-file", "", "file with the certificates that the CA's own server is verified with (default: those of the system)")
+	f.StringVar((*string)(&cfg.Encryption), "encryption", "off", "of what pods of different nodes say to each other, by WireGuard (UDP port 51820): on (with nodes that have it on too) or required (nodes that do not encrypt are not reached)")
 	f.StringArrayVar(&d.stubs, "dns-stub", nil, "DOMAIN=ADDRESS[:PORT][,...]: a domain with name servers of its own; may be repeated")
 }
 
@@ -195,6 +197,11 @@ func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 		cfg.Ingress.Off = true
 	default:
 		return usageError{fmt.Errorf("--ingress %q: expected on or off", d.ingress)}
+	}
+	switch cfg.Encryption {
+	case "", netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll:
+	default:
+		return usageError{fmt.Errorf("--encryption %q: expected %s, %s or %s", cfg.Encryption, netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll)}
 	}
 	for _, text := range d.stubs {
 		stub, err := dns.ParseStub(text)

@@ -196,14 +196,7 @@ func (k *known) why(from, to string) ([]report, error) {
 }
 
 func (k *known) plan() *policy.Plan {
-	c := policy.Cluster{Policies: k.policies, Namespaces: k.namespaces, DNS: k.dns}
-	for _, pod := range k.pods {
-		if p, ok := policy.PodOf(pod); ok {
-			p.Here = true
-			c.Pods = append(c.Pods, p)
-		}
-	}
-	return policy.New(c)
+	return policy.New(policy.Cluster{Policies: k.policies, Namespaces: k.namespaces, Pods: policy.Everywhere(k.pods), DNS: k.dns})
 }
 
 // end finds who a word means.

@@ -123,7 +123,7 @@ func (c *Config) supervision() containerd.SupervisorConfig {
 // network says what the network of a node is made of.
 func (c *Config) network(metrics prometheus.Registerer) netplane.Config {
 	return netplane.Config{
-		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
+		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, Encryption: c.Encryption, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
 		Log: c.Log.With("part", "network"), Registerer: metrics,
 	}
 }
@@ -180,12 +180,21 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 		return nil, err
 	}
 	n.agent, err = agent.New(agent.Config{
-		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"),
-		Labels:  map[string]string{api.LabelIngressNode: strconv.FormatBool(n.ingress != nil)},
+		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"), Labels: cfg.labels(),
 		HostIPs: cfg.hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
-		Logger: cfg.Log.With("part", "agent"), Registerer: metrics,
+		Annotations: map[string]string{api.AnnotationWireGuard: n.plane.PublicKey()},
+		Logger:      cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
 	return n, err
+}
+
+// labels are those of this machine's node that follow from what the operator chose.
+func (c *Config) labels() map[string]string {
+	l := map[string]string{api.LabelIngressNode: strconv.FormatBool(!c.Ingress.Off)}
+	if c.Zone != "" {
+		l[corev1.LabelTopologyZone] = c.Zone
+	}
+	return l
 }
 
 // newMirror makes a local copy of some of the state, kept in a folder.
@@ -267,7 +276,8 @@ func (n *node) tunnel(servers func() []string, keeper *pki.Keeper) func(context.
 	local.agent.Store(n.agent)
 	a := &tunnel.Agent{
 		Node: n.cfg.Node, Servers: servers, Local: local, Log: n.cfg.Log.With("part", "tunnel"),
-		TLS: func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) },
+		Streams: map[string]func(context.Context, io.ReadWriter) error{netcheckStream: n.plane.Check},
+		TLS:     func() *tls.Config { return pki.RequireGroup(keeper.ClientTLS(), pki.GroupServers) },
 	}
 	return a.Run
 }
@@ -316,6 +326,7 @@ func (n *node) close() {
 type nodes struct {
 	node      string
 	agent     atomic.Pointer[agent.Agent]
+	plane     atomic.Pointer[netplane.Plane]
 	elsewhere *tunnel.Server // nil: there are no others
 }
 

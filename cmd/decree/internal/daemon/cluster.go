@@ -317,7 +317,7 @@ func (s *server) announce(ctx context.Context) error {
 			wait = 200 * time.Millisecond
 			continue
 		}
-		if membership.IsRemoved(err) {
+		if membership.IsRemoved(err) || membership.IsTooOld(err) {
 			return err
 		}
 		s.cfg.Log.Info("the cluster does not know this server yet", "error", err, "retry", wait)

@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/util/validation"
 
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/dns"
@@ -35,6 +36,7 @@ type Config struct {
 
 	Seed   string // folder whose content becomes the first commit of the built-in repository
 	Images string // folder of image archives (*.tar) to import
+	Zone   string // the node's zone; empty: it says none
 
 	// Join are servers of the cluster to join, host:port, with Token; none: found one.
 	Join  []string
@@ -73,8 +75,9 @@ type Config struct {
 	NodePorts command.PortRange
 
 	Backend    netplane.Backend // balances services; empty: what the kernel has
-	ResolvConf string           // file with the name servers for names outside the cluster
-	DNSStubs   []dns.Stub       // domains with name servers of their own
+	Encryption netplane.Encryption
+	ResolvConf string     // file with the name servers for names outside the cluster
+	DNSStubs   []dns.Stub // domains with name servers of their own
 
 	Ingress IngressConfig
 
@@ -138,6 +141,9 @@ func (c *Config) complete() error {
 	}
 	if err := pki.ValidNode(c.Node); err != nil {
 		return fmt.Errorf("--node: %w", err)
+	}
+	if wrong := validation.IsValidLabelValue(c.Zone); len(wrong) > 0 {
+		return fmt.Errorf("--zone %q: %s", c.Zone, wrong[0])
 	}
 	if err := c.completeRanges(); err != nil {
 		return err

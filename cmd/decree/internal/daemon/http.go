@@ -127,6 +127,7 @@ func (s *server) clusterHandler() http.Handler {
 		s.cfg.Log.Info("the lead is handed over", "to", r.URL.Query().Get("to"), "user", who.Name)
 		return struct{}{}, s.members.Transfer(r.Context(), r.URL.Query().Get("to"))
 	})
+	serve("POST "+clusterPath+"netcheck", s.netcheck)
 	serve("POST "+clusterPath+"tokens", s.createToken)
 	serve("GET "+clusterPath+"tokens", s.listTokens)
 	serve("DELETE "+clusterPath+"tokens/{id}", s.revokeToken)

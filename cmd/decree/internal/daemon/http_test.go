@@ -12,6 +12,7 @@ import (
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/peer"
+	"decree.dev/decree/raftstore/pki"
 	"decree.dev/decree/raftstore/seal"
 )
 
@@ -38,6 +39,21 @@ func TestInWords(t *testing.T) {
 		apiserver.WriteError(rec, inWords(fmt.Errorf("make token: %w", tt.err)))
 		if rec.Code != tt.want {
 			t.Errorf("%v: %d %s", tt.err, rec.Code, rec.Body)
+		}
+	}
+}
+
+// TestOnlyAdministrators: what acts on the cluster, or looks into its machines, is for
+// administrators; a node may not have others probed.
+func TestOnlyAdministrators(t *testing.T) {
+	s := &server{cfg: &Config{}}
+	for _, path := range []string{"netcheck", "tokens", "lead", "ca", "keys"} {
+		who := apiserver.Identity{Name: pki.NodePrefix + "n1", Groups: []string{pki.GroupNodes}}
+		r := httptest.NewRequest(http.MethodPost, clusterPath+path, nil)
+		rec := httptest.NewRecorder()
+		s.clusterHandler().ServeHTTP(rec, r.WithContext(apiserver.WithIdentity(r.Context(), who)))
+		if rec.Code != http.StatusForbidden {
+			t.Errorf("%s: %d %s", path, rec.Code, rec.Body)
 		}
 	}
 }

@@ -11,6 +11,7 @@ import (
 
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/peer"
+	"decree.dev/decree/reconciler"
 	"decree.dev/decree/reconciler/control"
 	"decree.dev/decree/reconciler/delivery"
 	"decree.dev/decree/reconciler/replicated"
@@ -19,23 +20,43 @@ import (
 
 // lead does what only the leader does, whenever this server leads.
 func (s *server) lead(ctx context.Context) error {
-	for {
-		changed := s.store.LeaderChange()
-		if s.store.Leads() {
-			if err := s.tenure(ctx); err != nil && ctx.Err() == nil {
-				s.cfg.Log.Warn("leading", "error", err)
+	whileLeading(ctx, s.store, s.tenure, func(err error) { s.cfg.Log.Warn("leading", "error", err) })
+	return nil
+}
+
+// leadership says whether this server leads.
+type leadership interface {
+	Leads() bool
+	// LeaderChange returns a channel that is closed when the answer may be another one.
+	LeaderChange() <-chan struct{}
+}
+
+// whileLeading runs tenure whenever this server leads, until ctx ends. A tenure that
+// fails is told of and begun again, after a wait that grows until one has called begun.
+func whileLeading(ctx context.Context, who leadership, tenure func(ctx context.Context, begun func()) error, failed func(error)) {
+	for failures := 0; ctx.Err() == nil; {
+		changed := who.LeaderChange()
+		var again <-chan time.Time
+		if who.Leads() {
+			failures++
+			if err := tenure(ctx, func() { failures = 1 }); err != nil && ctx.Err() == nil {
+				failed(err)
 			}
+			again = time.After(leadAgain.Wait(failures))
 		}
 		select {
 		case <-changed:
+		case <-again:
 		case <-ctx.Done():
-			return nil
 		}
 	}
 }
 
-// tenure leads until another server does.
-func (s *server) tenure(ctx context.Context) error {
+// leadAgain is the wait before a leader that failed to begin begins again.
+var leadAgain = reconciler.Backoff{Min: 50 * time.Millisecond, Max: 5 * time.Second}
+
+// tenure leads until another server does, and calls begun when all parts run.
+func (s *server) tenure(ctx context.Context, begun func()) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var watching sync.WaitGroup
@@ -70,6 +91,7 @@ func (s *server) tenure(ctx context.Context) error {
 	if s.backups != nil {
 		g.start("snapshots", s.backups.Run)
 	}
+	begun()
 	return g.wait()
 }
 

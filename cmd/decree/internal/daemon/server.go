@@ -73,6 +73,7 @@ type server struct {
 	mirror   *gitsource.Mirror
 	api      *apiserver.Server
 	nodes    *nodes
+	checking chan struct{} // has room for one check of the network
 	listener net.Listener
 	metrics  *prometheus.Registry
 	fatal    chan error
@@ -84,7 +85,7 @@ func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	s := &server{cfg: cfg, metrics: prometheus.NewRegistry(), fatal: make(chan error, 1), renewed: make(chan struct{}, 1)}
+	s := &server{cfg: cfg, metrics: prometheus.NewRegistry(), fatal: make(chan error, 1), renewed: make(chan struct{}, 1), checking: make(chan struct{}, 1)}
 	s.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	s.contacts = &contacts{nodes: s.nodeNames}
 	s.tunnels = &tunnel.Server{Node: nodeOf, Log: cfg.Log.With("part", "tunnels")}

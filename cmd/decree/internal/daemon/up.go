@@ -85,6 +85,7 @@ func (s *server) begin(g *group, begun time.Time, out io.Writer) error {
 		return err
 	}
 	s.nodes.agent.Store(n.agent)
+	s.nodes.plane.Store(n.plane)
 	n.run(g.start)
 	g.start("tunnel", n.tunnel(func() []string { return s.addresses()[1:] }, keeper))
 	member := &join.Member{Keeper: keeper, Servers: s.addresses, Log: cfg.Log.With("part", "certificates"), Every: cfg.TrustEvery}

@@ -1,0 +1,77 @@
+package raftstore_test
+
+import (
+	"errors"
+	"strings"
+	"testing"
+
+	"decree.dev/decree/raftstore"
+	"decree.dev/decree/raftstore/command"
+)
+
+// TestTooOldServerIsNotAdded: what was written decides who can still join, and a server
+// finds it again in its log and in its snapshot.
+func TestTooOldServerIsNotAdded(t *testing.T) {
+	cfg := config(t.TempDir())
+	cfg.WholeBytes, cfg.PartBytes = 1000, 500
+	// One that has said nothing is taken for one of the oldest version.
+	add := func(s *raftstore.Store) error {
+		return s.SetMember(timeout(t), raftstore.Member{ID: "old", Address: "old:1"})
+	}
+	refuses := func(s *raftstore.Store) {
+		t.Helper()
+		err := add(s)
+		var tooOld *raftstore.TooOldError
+		switch {
+		case !errors.As(err, &tooOld) || tooOld.ID != "old" || tooOld.Knows != command.Oldest || tooOld.Used != command.FormatOfParts:
+			t.Fatalf("a server that knows format 1 only: %v", err)
+		case !strings.Contains(err.Error(), "stop for good") || !strings.Contains(err.Error(), "decree members"):
+			t.Errorf("it is not told why, or what to do: %v", err)
+		case len(s.Members()) != 1:
+			t.Errorf("members %+v", s.Members())
+		}
+		if err := s.CheckFormat("new", command.FormatOfParts); err != nil {
+			t.Error(err)
+		}
+	}
+	s := open(t, cfg)
+	must(t, s, create(configMap("small", "x")))
+	if err := s.CheckFormat("old", command.Oldest); err != nil {
+		t.Fatal(err)
+	}
+	must(t, s, create(configMap("large", strings.Repeat("x", 2000))))
+	refuses(s)
+	reopen := func() {
+		t.Helper()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		s = open(t, cfg)
+	}
+	reopen() // it reads its log
+	refuses(s)
+	if err := s.Snapshot(); err != nil {
+		t.Fatal(err)
+	}
+	reopen() // the state has no part any more, and who is new is not sent the log before it
+	if err := s.CheckFormat("old", command.Oldest); err != nil {
+		t.Fatal(err)
+	}
+	whole := create(configMap("half", strings.Repeat("x", 2000)))
+	data, err := command.EncodeTxn(&whole)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts, err := command.Split(data, 500)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parts[0].Actor = whole.Actor
+	must(t, s, parts[0])
+	must(t, s, create(configMap("after", "x")))
+	if err := s.Snapshot(); err != nil {
+		t.Fatal(err)
+	}
+	reopen() // the state has a part
+	refuses(s)
+}
