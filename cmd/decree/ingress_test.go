@@ -76,7 +76,7 @@ func TestIngress(t *testing.T) {
 	contains(t, l.ok(t, at+"-o /dev/null -w '%{http_code} %{redirect_url}' http://hello.example/a?b"), "308 https://hello.example/a?b")
 	contains(t, l.ok(t, "curl -sS --max-time 5 http://127.0.0.1/"), "404", "no ingress has a rule")
 	l.until(t, "$K get ing", "hello", "hello.example", "127.0.0.1", "80, 443")
-	contains(t, l.ok(t, "decree describe ing hello"), "127.0.0.1", "hello.example", "hello:http", "by secret hello", "site.cue:")
+	contains(t, l.ok(t, "decree describe ing hello"), "127.0.0.1", "hello.example", "hello:http", "by secret hello", "tls.cue:")
 	contains(t, l.ok(t, "decree get ingressclasses"), "decree.dev/ingress")
 
 	roots := x509.NewCertPool()
