@@ -196,8 +196,8 @@ func (x *exchange) fail(_ http.ResponseWriter, r *http.Request, err error) {
 	switch {
 	case tooLarge:
 		code, why = http.StatusRequestEntityTooLarge, "the request is too large"
-	case errors.Is(err, errStalled):
-		code, why = http.StatusRequestTimeout, err.Error()
+	case x.body != nil && x.body.stalled.Load(): // the server may have given up on the client, too
+		code, why = http.StatusRequestTimeout, errStalled.Error()
 	case errors.Is(r.Context().Err(), context.Canceled):
 		x.failure, x.response.code = "the client left", statusClientGone
 		panic(http.ErrAbortHandler) // an answer of the library's own would be a lie

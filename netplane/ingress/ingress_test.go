@@ -304,9 +304,10 @@ func TestWebSocket(t *testing.T) {
 
 // TestLimits: one client cannot have more than its share.
 func TestLimits(t *testing.T) {
-	hold := make(chan struct{})
+	hold, begun := make(chan struct{}), make(chan struct{}, 2)
 	slow := serving(t, func(_ http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/slow" {
+			begun <- struct{}{}
 			<-hold
 		}
 	})
@@ -326,10 +327,8 @@ func TestLimits(t *testing.T) {
 		t.Errorf("5 a second: %v", codes)
 	}
 	var held sync.WaitGroup
-	begun := make(chan struct{}, 2)
 	for range 2 {
 		held.Go(func() {
-			begun <- struct{}{}
 			if code, _ := w.get(c, "http://few.example/slow"); code != 200 {
 				t.Errorf("within the limit: %d", code)
 			}
@@ -338,7 +337,8 @@ func TestLimits(t *testing.T) {
 	<-begun
 	<-begun
 	few := func() int { code, _ := w.get(c, "http://few.example/"); return code }
-	for few() != 429 { // until both are under way
+	if code := few(); code != 429 {
+		t.Errorf("with two under way: %d", code)
 	}
 	close(hold)
 	held.Wait()

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -83,7 +84,8 @@ type timely struct {
 	control *http.ResponseController
 	mu      sync.Mutex // orders deadlines
 	over    bool       // they are the server's again
-	err     error      // that the body ended with, also of nothing; only Read uses it
+	stalled atomic.Bool
+	err     error // that the body ended with, also of nothing; only Read uses it
 }
 
 // Read may still be under way, by a transport, when the request has been answered.
@@ -95,6 +97,7 @@ func (t *timely) Read(p []byte) (int, error) {
 	n, err := t.ReadCloser.Read(p)
 	t.within(0) // the server goes on reading by itself, to see whether the client leaves
 	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.stalled.Store(true)
 		err = errStalled
 	}
 	t.err = err
