@@ -3,6 +3,7 @@ package netplane_test
 import (
 	"bufio"
 	"cmp"
+	"context"
 	"fmt"
 	"net"
 	"net/netip"
@@ -114,6 +115,7 @@ func lines(t *testing.T, path string, port int) {
 				}
 				go func() {
 					defer c.Close()
+					defer context.AfterFunc(t.Context(), func() { c.Close() })() // of a client that is gone without a word
 					for sc := bufio.NewScanner(c); sc.Scan(); {
 						fmt.Fprintln(c, sc.Text())
 					}

@@ -113,7 +113,7 @@ func streams(t *testing.T, lab *netplanetest.Lab, to netip.AddrPort) (out []*str
 				return err
 			}
 			defer c.Close()
-			return exchange(c, bufio.NewReader(c))
+			return exchange(c, bufio.NewReader(c), 10*time.Second)
 		}})
 		kept, err := dial(path)
 		if err != nil {
@@ -121,14 +121,14 @@ func streams(t *testing.T, lab *netplanetest.Lab, to netip.AddrPort) (out []*str
 		}
 		t.Cleanup(func() { kept.Close() })
 		in := bufio.NewReader(kept)
-		out = append(out, &stream{name: fmt.Sprint("one connection from ", from), asked: make(chan struct{}, 1), ask: func() error { return exchange(kept, in) }})
+		out = append(out, &stream{name: fmt.Sprint("one connection from ", from), asked: make(chan struct{}, 1), ask: func() error { return exchange(kept, in, 10*time.Second) }})
 	}
 	return out
 }
 
-// exchange says one line and hears it.
-func exchange(c net.Conn, in *bufio.Reader) error {
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+// exchange says one line and hears it, in a while.
+func exchange(c net.Conn, in *bufio.Reader, patience time.Duration) error {
+	_ = c.SetDeadline(time.Now().Add(patience))
 	if _, err := fmt.Fprintln(c, "hello"); err != nil {
 		return err
 	}

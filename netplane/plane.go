@@ -20,6 +20,7 @@ import (
 	"decree.dev/decree/netplane/announce"
 	"decree.dev/decree/netplane/cni"
 	"decree.dev/decree/netplane/dns"
+	"decree.dev/decree/netplane/flows"
 	"decree.dev/decree/netplane/healthcheck"
 	"decree.dev/decree/netplane/host"
 	"decree.dev/decree/netplane/ipvs"
@@ -115,6 +116,7 @@ type Plane struct {
 	dns      *dns.Server
 	health   *healthcheck.Server
 	callers  *announce.Announcer
+	flows    *flows.Sweeper
 	metrics  *metrics
 	// checking has room for the checks of the network that run; swept is done once what
 	// earlier ones left is gone.
@@ -151,6 +153,9 @@ func New(cfg Config) (*Plane, error) {
 	if cfg.DataDir == "" {
 		return nil, errors.New("netplane: DataDir is not set")
 	}
+	if err := cfg.IPVS.Validate(); err != nil {
+		return nil, fmt.Errorf("netplane: %w", err)
+	}
 	wireguard, why, err := cfg.wireguard()
 	if err != nil {
 		return nil, fmt.Errorf("netplane: %w", err)
@@ -169,7 +174,11 @@ func New(cfg Config) (*Plane, error) {
 		return nil, fmt.Errorf("netplane: %w", err)
 	}
 	p.callers = announce.New(p.host, cfg.Log)
+	if p.flows, err = flows.New(cfg.NetNS); err != nil {
+		return nil, errors.Join(fmt.Errorf("netplane: %w", err), p.services.Close())
+	}
 	if p.policies, err = openKeeper(&p.cfg, p.networks); err != nil {
+		p.flows.Close()
 		return nil, errors.Join(fmt.Errorf("netplane: %w", err), p.services.Close())
 	}
 	p.health = healthcheck.New(healthcheck.Config{Listen: p.listen, Log: cfg.Log})
@@ -180,6 +189,7 @@ func New(cfg Config) (*Plane, error) {
 // Close lets go of the kernel's interfaces, and load balancers are no longer answered;
 // everything made stays.
 func (p *Plane) Close() error {
+	p.flows.Close()
 	return errors.Join(p.health.Close(), p.services.Close(), p.policies.close())
 }
 
@@ -401,8 +411,14 @@ func (p *Plane) Attach(ctx context.Context, pod *corev1.Pod, netns string) ([]ne
 	return addrs, nil
 }
 
-// Detach undoes Attach; netns may be gone already.
+// Detach undoes Attach; netns may be gone already. Nothing of the pod may run any more: the
+// kernel forgets its connections before others can have its addresses.
 func (p *Plane) Detach(ctx context.Context, pod types.UID, netns string) error {
+	if _, addrs, err := p.networks.Find(pod); err == nil { // or else it was never attached, or is not any more
+		if _, err := p.flows.Forget(addrs...); err != nil {
+			p.log.Warn("the next pod with these addresses may get what is left for this one", "pod", pod, "addresses", addrs, "err", err)
+		}
+	}
 	if err := p.networks.Detach(ctx, pod, netns); err != nil {
 		return err
 	}

@@ -31,7 +31,13 @@ import (
 	"decree.dev/decree/netplane/netspace/netspacetest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// TestMain is two programs: the tests, and an agent that some of them run.
+func TestMain(m *testing.M) {
+	if folder := os.Getenv(agentVariable); folder != "" {
+		os.Exit(runAgent(folder))
+	}
+	goleak.VerifyTestMain(m)
+}
 
 var (
 	clusterIP = netip.MustParseAddr("10.97.0.80")

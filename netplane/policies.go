@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -32,6 +33,7 @@ type keeper struct {
 	log      *slog.Logger
 	networks *cni.Networks
 	tables   *enforce.Policies
+	metrics  *policyMetrics
 	// known is closed at the first set.
 	known chan struct{}
 
@@ -49,7 +51,7 @@ type attachment struct {
 }
 
 func openKeeper(cfg *Config, networks *cni.Networks) (*keeper, error) {
-	k := &keeper{log: cfg.Log, networks: networks, known: make(chan struct{})}
+	k := &keeper{log: cfg.Log, networks: networks, known: make(chan struct{}), metrics: newPolicyMetrics(cfg.Registerer)}
 	name := ""
 	if cfg.Table != "" {
 		name = cfg.Table + "-policy"
@@ -86,8 +88,58 @@ func (k *keeper) set(ctx context.Context, d Desired) error {
 
 // enforce makes the kernel hold what is wanted. The caller holds mu.
 func (k *keeper) enforce(ctx context.Context) error {
-	_, err := k.tables.Set(ctx, policy.New(k.cluster()), k.want.ServiceCIDR)
+	begun := time.Now()
+	plan := policy.New(k.cluster())
+	changes, err := k.tables.Set(ctx, plan, k.want.ServiceCIDR)
+	k.metrics.note(plan, changes, time.Since(begun), err)
 	return err
+}
+
+// policyMetrics are about the policies in force on this node.
+type policyMetrics struct {
+	policies, rules, isolated, last prometheus.Gauge
+	seconds                         prometheus.Histogram
+	changes, failures               prometheus.Counter
+}
+
+func newPolicyMetrics(r prometheus.Registerer) *policyMetrics {
+	gauge := func(name, help string) prometheus.Gauge {
+		return prometheus.NewGauge(prometheus.GaugeOpts{Name: name, Help: help})
+	}
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
+	}
+	m := &policyMetrics{
+		policies: gauge("decree_netplane_policies", "Network policies in force for pods of this node."),
+		rules:    gauge("decree_netplane_policy_rules", "Rules of those policies, ingress and egress."),
+		isolated: gauge("decree_netplane_policy_isolated_addresses", "Addresses of pods of this node that policies isolate."),
+		last:     gauge("decree_netplane_policy_last_apply_seconds", "How long it took to plan policies and to bring the kernel up to date, the last time."),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "decree_netplane_policy_apply_seconds", Help: "Time to plan policies and to bring the kernel up to date.",
+			Buckets: prometheus.ExponentialBuckets(100e-6, 4, 10),
+		}),
+		changes:  counter("decree_netplane_policy_changes_total", "Rules and elements of policies changed in the kernel."),
+		failures: counter("decree_netplane_policy_failures_total", "Times that policies could not be brought into force."),
+	}
+	if r != nil {
+		r.MustRegister(m.policies, m.rules, m.isolated, m.last, m.seconds, m.changes, m.failures)
+	}
+	return m
+}
+
+// note counts what a plan brought into force. After an error the one before may still be.
+func (m *policyMetrics) note(plan *policy.Plan, changes int, took time.Duration, err error) {
+	m.last.Set(took.Seconds())
+	m.seconds.Observe(took.Seconds())
+	m.changes.Add(float64(changes))
+	if err != nil {
+		m.failures.Inc()
+		return
+	}
+	policies, rules := plan.Size()
+	m.policies.Set(float64(policies))
+	m.rules.Set(float64(rules))
+	m.isolated.Set(float64(len(plan.Subjects)))
 }
 
 // cluster is what policies speak about: of pods that are attached here the addresses that

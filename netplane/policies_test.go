@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -94,6 +95,14 @@ func TestPolicies(t *testing.T) {
 	d.Pods = append(d.Pods, labelled("two"))
 	n.set(d)
 	check("known, without an address in its status")
+	for name, want := range map[string]float64{"policies": 1, "policy_rules": 1, "policy_isolated_addresses": 1, "policy_failures_total": 0} {
+		if got := n.metric("decree_netplane_" + name); got != want {
+			t.Errorf("%s is %v, want %v", name, got, want)
+		}
+	}
+	if n.metric("decree_netplane_policy_last_apply_seconds") <= 0 || n.metric("decree_netplane_policy_changes_total") <= 0 {
+		t.Error("policies came into force in no time, or by no change")
+	}
 	n.stop()
 	check("without a process")
 	n.start()
@@ -131,6 +140,22 @@ func TestPolicies(t *testing.T) {
 	if after := n.dump(); after != before {
 		t.Errorf("before\n%s\nafter purge\n%s", before, after)
 	}
+}
+
+// metric is the value of a gauge or a counter of the node's Plane.
+func (n *node) metric(name string) float64 {
+	n.t.Helper()
+	all, err := n.cfg.Registerer.(*prometheus.Registry).Gather()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+	for _, f := range all {
+		if f.GetName() == name {
+			return f.Metric[0].GetGauge().GetValue() + f.Metric[0].GetCounter().GetValue()
+		}
+	}
+	n.t.Fatalf("there is no metric %s", name)
+	return 0
 }
 
 // unnamed: a process that knows nothing of a pod but its address lets nobody but the node

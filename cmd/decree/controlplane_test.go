@@ -40,7 +40,8 @@ type controlPlane struct {
 
 type serverProcess struct {
 	name, netns, link, address, data string
-	binary                           string // "": that of all
+	binary                           string   // "": that of all
+	flags                            []string // of an agent, to start it once more
 	cmd                              *exec.Cmd
 	ended                            chan struct{}
 }

@@ -136,6 +136,19 @@ func testNetcheck(t *testing.T, p *controlPlane, s *serverProcess, nodes []*serv
 	if r, err = check(); err == nil || r.OK || !strings.Contains(r.Nodes[1].Error, "agent is not connected") {
 		t.Errorf("without an agent: %v, %+v", err, r)
 	}
+
+	// It says more of itself when it is back.
+	p.launch(nodes[1], "agent", append(nodes[1].flags, "--zone", "west")...)
+	labels := "-o=jsonpath={.metadata.labels.topology\\.kubernetes\\.io/zone} {.metadata.annotations.net\\.decree\\.dev/networks}"
+	expected, got := "west "+planeSubnet+"0/24", ""
+	for end := time.Now().Add(60 * time.Second); got != expected; { // see ask
+		if got = strings.TrimSpace(p.run(s, p.binary, "get", "node", "n2", labels)); time.Now().After(end) {
+			t.Fatalf("node n2 says %q of itself, want %q", got, expected)
+		}
+	}
+	if r, err = check(); err != nil || !r.OK {
+		t.Errorf("with its agent again: %v, %+v", err, r)
+	}
 }
 
 // fetch asks a web server from a network namespace, on a new connection.
@@ -180,7 +193,8 @@ func (p *controlPlane) agent(name string, host int, server *serverProcess) *serv
 		<-a.ended
 		p.run(server, "nsenter", "--net=/run/netns/"+a.netns, p.binary, "down", "--data", a.data, "--run", run, "--purge")
 	})
-	p.launch(a, "agent", "--join", server.address, "--token", p.token("agent", ""), "--run", run, "--images", images)
+	a.flags = []string{"--join", server.address, "--run", run, "--images", images}
+	p.launch(a, "agent", append(a.flags, "--token", p.token("agent", ""))...)
 	p.ready(name, server)
 	return a
 }

@@ -52,6 +52,12 @@ type Config struct {
 	Log *slog.Logger
 }
 
+// Validate says what is wrong with c, on kernels without IPVS too.
+func (c Config) Validate() error {
+	_, err := c.withDefaults()
+	return err
+}
+
 func (c Config) withDefaults() (Config, error) {
 	if c.Table == "" {
 		c.Table = DefaultTable
@@ -64,6 +70,11 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Drain == 0 {
 		c.Drain = DefaultDrain
+	}
+	for _, d := range []time.Duration{c.TCP, c.TCPFin, c.UDP, c.Drain} {
+		if d < 0 || d%time.Second != 0 {
+			return c, fmt.Errorf("IPVS timeout %s: want whole seconds", d)
+		}
 	}
 	if c.Log == nil {
 		c.Log = slog.Default()

@@ -145,28 +145,33 @@ func address(name string, a, peer netip.Addr) error {
 	return nil
 }
 
-// serve answers each connection and each datagram with "own address, own port,
-// source address".
 func (l *Lab) serve(t testing.TB, h Host) {
 	t.Helper()
-	ServeTCP(t, l.Path[h], TCPPort, SecondPort)
-	netspacetest.In(t, l.Path[h], func() error {
-		for _, n := range Nets {
-			pc, err := net.ListenPacket("udp", netip.AddrPortFrom(n.Addr[h], UDPPort).String())
+	Serve(t, l.Path[h], h != Node, Nets[0].Addr[h], Nets[1].Addr[h])
+}
+
+// Serve answers each connection and each datagram to some addresses of a network namespace
+// with "own address, source address", for the time of the test.
+func Serve(t testing.TB, path string, sctp bool, addrs ...netip.Addr) {
+	t.Helper()
+	ServeTCP(t, path, TCPPort, SecondPort)
+	netspacetest.In(t, path, func() error {
+		for _, a := range addrs {
+			pc, err := net.ListenPacket("udp", netip.AddrPortFrom(a, UDPPort).String())
 			if err != nil {
 				return err
 			}
 			t.Cleanup(func() { pc.Close() })
 			go serveUDP(pc)
-			if h == Node {
+			if !sctp {
 				continue
 			}
-			sc, err := listenSCTP(n.Addr[h])
+			sc, err := listenSCTP(a)
 			if err != nil {
 				return err
 			}
 			t.Cleanup(func() { sc.Close() })
-			go serveSCTP(sc, netip.AddrPortFrom(n.Addr[h], SCTPPort))
+			go serveSCTP(sc, netip.AddrPortFrom(a, SCTPPort))
 		}
 		return nil
 	})

@@ -3,6 +3,7 @@ package netplanetest
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -107,34 +108,77 @@ func (s *suite) set(t *testing.T, p Policies, c policy.Cluster) *policy.Plan {
 func (s *suite) try(t *testing.T, packets []string, allowed bool) {
 	t.Helper()
 	var wg sync.WaitGroup
-	for _, packet := range packets {
-		f := strings.Fields(packet)
-		from, to, port := Host(f[0]), Host(f[1]), portNames[f[2]]
-		if f[2] == "ping" {
-			port = render.Port{Proto: render.ICMP}
-		}
-		via := []netip.AddrPort{netip.AddrPortFrom(s.n.Addr[to], port.Port)}
-		if i := slices.Index(Pods, to); i >= 0 && f[2] != "ping" {
-			via = append(via, netip.AddrPortFrom(s.n.Balanced(i+1), port.Port-8000))
-			if from != Outside { // which has no business there
-				via = append(via, netip.AddrPortFrom(s.n.Service(i+1), port.Port-8000))
+	for _, p := range parse(packets, allowed) {
+		via := []netip.AddrPort{netip.AddrPortFrom(s.n.Addr[p.To], p.Port)}
+		if i := slices.Index(Pods, p.To); i >= 0 && p.Proto != render.ICMP {
+			via = append(via, netip.AddrPortFrom(s.n.Balanced(i+1), p.Port-8000))
+			if p.From != Outside { // which has no business there
+				via = append(via, netip.AddrPortFrom(s.n.Service(i+1), p.Port-8000))
 			}
 		}
 		for _, at := range via {
-			wg.Go(func() {
-				v, err := s.w.Send(from, port.Proto, at)
-				switch {
-				case err != nil:
-					t.Errorf("%s by %s: %v", packet, at, err)
-				case v.To.IsValid() != allowed:
-					t.Errorf("%s by %s: %+v, want it allowed: %v", packet, at, v, allowed)
-				case !allowed && v.Rejected:
-					t.Errorf("%s by %s: the sender was told", packet, at)
-				}
-			})
+			wg.Go(func() { p.Try(t, s.w, at) })
 		}
 	}
 	wg.Wait()
+}
+
+// Packet is what somebody sends, and whether it arrives.
+type Packet struct {
+	Text     string // "from to port"
+	From, To Host
+	Proto    render.Proto
+	Port     uint16
+	Allowed  bool
+}
+
+func parse(packets []string, allowed bool) (out []Packet) {
+	for _, text := range packets {
+		f := strings.Fields(text)
+		p := Packet{Text: text, From: Host(f[0]), To: Host(f[1]), Proto: render.ICMP, Allowed: allowed}
+		if f[2] != "ping" {
+			p.Proto, p.Port = portNames[f[2]].Proto, portNames[f[2]].Port
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// Try sends the packet to an address, and compares what comes of it.
+func (p *Packet) Try(t *testing.T, w interface {
+	Send(from Host, proto render.Proto, to netip.AddrPort) (Verdict, error)
+}, at netip.AddrPort) {
+	t.Helper()
+	v, err := w.Send(p.From, p.Proto, at)
+	switch {
+	case err != nil:
+		t.Errorf("%s by %s: %v", p.Text, at, err)
+	case v.To.IsValid() != p.Allowed:
+		t.Errorf("%s by %s: %+v, want it allowed: %v", p.Text, at, v, p.Allowed)
+	case !p.Allowed && v.Rejected:
+		t.Errorf("%s by %s: the sender was told", p.Text, at)
+	}
+}
+
+// Recipe is a case of policies as objects, for who has them enforced by whole nodes.
+type Recipe struct {
+	Name       string
+	Policies   []*networkingv1.NetworkPolicy
+	Namespaces []*corev1.Namespace
+	Pods       map[Host]*corev1.Pod
+	Packets    []Packet
+}
+
+// Recipes are the cases that RunPolicies tries, with the addresses that hosts have in n.
+func Recipes(t *testing.T, n Net) (out []Recipe) {
+	for i := range recipes {
+		r := &recipes[i]
+		out = append(out, Recipe{
+			Name: r.name, Policies: r.objects(t, n), Namespaces: r.spaces(t), Pods: r.placed(t, n),
+			Packets: append(parse(r.allowed, true), parse(r.blocked, false)...),
+		})
+	}
+	return out
 }
 
 // recipe is a case of policies: who is who, and what may be sent.
@@ -149,35 +193,52 @@ type recipe struct {
 	allowed, blocked []string
 }
 
-// cluster is the recipe's cluster. In policies, NODE, POD3 and OUTSIDE stand for addresses
-// with the length of the whole address, and ALL for every address.
+// cluster is the recipe's cluster.
 func (r *recipe) cluster(t *testing.T, n Net) policy.Cluster {
 	t.Helper()
-	var c policy.Cluster
+	return policy.Cluster{Policies: r.objects(t, n), Namespaces: r.spaces(t), Pods: policy.Everywhere(slices.Collect(maps.Values(r.placed(t, n))))}
+}
+
+func (r *recipe) spaces(t *testing.T) (out []*corev1.Namespace) {
 	for name, text := range r.namespaces {
-		c.Namespaces = append(c.Namespaces, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labelsOf(t, text)}})
+		out = append(out, &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name, Labels: labelsOf(t, text)}})
 	}
+	return out
+}
+
+// placed are the recipe's pods.
+func (r *recipe) placed(t *testing.T, n Net) map[Host]*corev1.Pod {
+	out := map[Host]*corev1.Pod{}
 	for h, text := range r.pods {
 		ns, text, _ := strings.Cut(text, " ")
-		pod := policy.Pod{Namespace: ns, Name: string(h), Labels: labelsOf(t, text), Addrs: []netip.Addr{n.Addr[h]}, Here: true}
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: ns, Name: string(h), Labels: labelsOf(t, text)}, Status: corev1.PodStatus{PodIP: n.Addr[h].String()}}
+		pod.Spec.Containers = []corev1.Container{{}}
 		for name, p := range portNames {
 			if name != "second" || h != Pod3 { // which calls no port so
-				pod.Ports = append(pod.Ports, policy.NamedPort{Name: name, Proto: p.Proto, Number: p.Port})
+				ports := &pod.Spec.Containers[0].Ports
+				*ports = append(*ports, corev1.ContainerPort{Name: name, Protocol: corev1.Protocol(strings.ToUpper(p.Proto.String())), ContainerPort: int32(p.Port)})
 			}
 		}
-		c.Pods = append(c.Pods, pod)
+		out[h] = pod
 	}
-	whole := fmt.Sprint("/", n.Uplink.BitLen())
+	return out
+}
+
+// objects are the recipe's policies. In them NODE, POD3 and OUTSIDE stand for addresses with
+// the length of the whole address, and ALL for every address.
+func (r *recipe) objects(t *testing.T, n Net) (out []*networkingv1.NetworkPolicy) {
+	t.Helper()
+	whole := fmt.Sprint("/", n.Addr[Outside].BitLen())
 	text := strings.NewReplacer("NODE", n.Addr[Node].String()+whole, "POD3", n.Addr[Pod3].String()+whole, "OUTSIDE", n.Addr[Outside].String()+whole,
-		"ALL", netip.PrefixFrom(n.Uplink, 0).Masked().String()).Replace(r.policies)
+		"ALL", netip.PrefixFrom(n.Addr[Outside], 0).Masked().String()).Replace(r.policies)
 	for i, doc := range strings.Split(text, "---\n") {
 		var np networkingv1.NetworkPolicy
 		if err := yaml.UnmarshalStrict([]byte(doc), &np); err != nil {
 			t.Fatalf("%s, policy %d: %v", r.name, i, err)
 		}
-		c.Policies = append(c.Policies, &np)
+		out = append(out, &np)
 	}
-	return c
+	return out
 }
 
 func labelsOf(t *testing.T, text string) map[string]string {

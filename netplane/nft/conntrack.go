@@ -6,6 +6,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 
 	"decree.dev/decree/netplane/diff"
 	"decree.dev/decree/netplane/render"
@@ -62,10 +63,44 @@ func led(svc *render.Service, fromOutside bool) []netip.AddrPort {
 	return svc.Endpoints
 }
 
+// unanswered are connections that began towards nodes that are gone. It implements
+// netlink.CustomConntrackFilter.
+type unanswered struct{ lost []netip.Prefix }
+
+// MatchConntrackFlow reports whether the flow is a TCP connection that was led to a lost
+// endpoint and got no answer.
+func (u *unanswered) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
+	tcp, ok := flow.ProtoInfo.(*netlink.ProtoInfoTCP)
+	server, valid := netip.AddrFromSlice(flow.Reverse.SrcIP)
+	return ok && valid && tcp.State == nl.TCP_CONNTRACK_SYN_SENT && within(u.lost, server.Unmap()) && !flow.Forward.DstIP.Equal(flow.Reverse.SrcIP)
+}
+
+// forgetUnanswered deletes the kernel's memory of connections that began towards nodes which
+// are lost now, once no service leads there any more or more nodes are lost. For two minutes
+// the next try from the same port would be led there again. Established connections stay: the
+// node may only be out of reach of the control plane.
+func (s *Services) forgetUnanswered(ops []diff.Op, t *render.Table) error {
+	s.lost = s.lost || len(t.Lost) > 0 && (!slices.Equal(s.swept, t.Lost) || slices.ContainsFunc(ops, func(op diff.Op) bool {
+		return op.Have != nil && op.Port().Proto == render.TCP && slices.ContainsFunc(op.Have.Endpoints, func(ep netip.AddrPort) bool { return within(t.Lost, ep.Addr()) })
+	}))
+	for _, f := range families {
+		if s.lost && uses(f, t) {
+			if _, err := s.flows.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.conntrack), &unanswered{t.Lost}); err != nil {
+				return fmt.Errorf("forget connections to lost nodes: %w", err)
+			}
+		}
+	}
+	s.lost, s.swept = false, t.Lost
+	return nil
+}
+
 // forgetFlows deletes the kernel's memory of UDP flows that the changes to t ended: a client
 // that keeps sending from one port would stay there for ever. TCP connections end by
-// themselves.
+// themselves, if they were answered.
 func (s *Services) forgetFlows(ops []diff.Op, t *render.Table) error {
+	if err := s.forgetUnanswered(ops, t); err != nil {
+		return err
+	}
 	s.unforgotten = append(s.unforgotten, ops...)
 	inside := slices.Concat(t.Cluster, t.Range) // what the node sends to the range comes from there
 	for f, services := range staleServices(s.unforgotten, t.Range) {

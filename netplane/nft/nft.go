@@ -63,6 +63,9 @@ type Services struct {
 	chains map[*family]map[string]bool
 	// reach counts how many services go to an address.
 	reach map[netip.Addr]int
+	// swept are the lost pods at the last forgetUnanswered, lost that another is due.
+	swept []netip.Prefix
+	lost  bool
 	// unforgotten are changes whose UDP flows are still to be forgotten.
 	unforgotten []diff.Op
 }

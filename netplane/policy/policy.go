@@ -108,6 +108,27 @@ type Plan struct {
 // cluster without policies does not.
 func (p *Plan) Known(a netip.Addr) bool { return p.known == nil || p.known[a] }
 
+// Size is how many policy objects the plan has, and how many rules they have in it, each counted
+// once for all pods that they isolate.
+func (p *Plan) Size() (policies, rules int) {
+	groups, parts, objects := map[*Group]bool{}, map[*Policy]bool{}, map[*networkingv1.NetworkPolicy]bool{}
+	for i := range p.Subjects {
+		for _, g := range []*Group{p.Subjects[i].Ingress, p.Subjects[i].Egress} {
+			if g == nil || groups[g] {
+				continue
+			}
+			groups[g] = true
+			for _, part := range g.Policies {
+				if !parts[part] {
+					parts[part], objects[part.Object] = true, true
+					rules += len(part.Rules)
+				}
+			}
+		}
+	}
+	return len(objects), rules
+}
+
 // Subject is one address of a pod that is isolated in one direction at least.
 type Subject struct {
 	Addr netip.Addr

@@ -116,3 +116,22 @@ func FuzzPolicy(f *testing.F) {
 		}
 	})
 }
+
+// TestSize: what several pods are isolated by is counted once.
+func TestSize(t *testing.T) {
+	np := func(name string, selector map[string]string, rules int) *networkingv1.NetworkPolicy {
+		return &networkingv1.NetworkPolicy{ObjectMeta: metav1.ObjectMeta{Namespace: "shop", Name: name}, Spec: networkingv1.NetworkPolicySpec{
+			PodSelector: metav1.LabelSelector{MatchLabels: selector}, Ingress: make([]networkingv1.NetworkPolicyIngressRule, rules), Egress: make([]networkingv1.NetworkPolicyEgressRule, 1),
+		}}
+	}
+	c := policy.Cluster{Policies: []*networkingv1.NetworkPolicy{np("all", nil, 2), np("one", map[string]string{"app": "a"}, 3), np("nobody", map[string]string{"app": "z"}, 9)}}
+	for i, app := range []string{"a", "b", "b"} {
+		c.Pods = append(c.Pods, policy.Pod{Namespace: "shop", Name: app, Labels: map[string]string{"app": app}, Addrs: []netip.Addr{netip.AddrFrom4([4]byte{10, 98, 0, byte(i + 1)})}, Here: true})
+	}
+	if policies, rules := policy.New(c).Size(); policies != 2 || rules != 2+1+3+1 {
+		t.Errorf("%d policies with %d rules", policies, rules)
+	}
+	if policies, rules := policy.New(policy.Cluster{}).Size(); policies != 0 || rules != 0 {
+		t.Errorf("without policies: %d, %d", policies, rules)
+	}
+}

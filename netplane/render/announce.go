@@ -2,12 +2,16 @@ package render
 
 import (
 	"cmp"
+	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/cespare/xxhash/v2"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+
+	"decree.dev/decree/schemas/api"
 )
 
 // Announcement is an address of a load balancer and the node that answers for it on the
@@ -27,8 +31,10 @@ type Announcement struct {
 //
 // A node can serve an address when it is ready and not excluded by the label
 // node.kubernetes.io/exclude-from-external-load-balancers; with external traffic policy
-// Local, when it also has a ready endpoint of the address's family. An address that two
-// services name is that of the first by namespace and name.
+// Local, when it also has a ready endpoint of the address's family. Where nodes stand on the
+// network that the address is of ([api.AnnotationNetworks]), others would announce it to nobody, and
+// cannot serve it; where none does, a router has to lead to it, and any node will do. An
+// address that two services name is that of the first by namespace and name.
 func Announcements(d Desired) []Announcement {
 	services := slices.DeleteFunc(slices.Clone(d.Services), func(svc *corev1.Service) bool {
 		return svc.Spec.Type != corev1.ServiceTypeLoadBalancer || len(svc.Status.LoadBalancer.Ingress) == 0
@@ -36,7 +42,7 @@ func Announcements(d Desired) []Announcement {
 	if len(services) == 0 {
 		return nil
 	}
-	nodes := announcers(d.Nodes)
+	nodes, on := announcers(d.Nodes), networks(d.Nodes)
 	var bySvc groups // made when they are needed
 	var out []Announcement
 	for _, svc := range services {
@@ -46,13 +52,14 @@ func Announcements(d Desired) []Announcement {
 				continue
 			}
 			a = a.Unmap()
-			able := func(string) bool { return true }
+			near := on.at(a)
+			able := func(node string) bool { return near == nil || near[node] }
 			if svc.Spec.ExternalTrafficPolicy == corev1.ServiceExternalTrafficPolicyLocal {
 				if bySvc.members == nil {
 					bySvc.set(d.Slices)
 				}
 				local := serving(bySvc.of(name{svc.Namespace, svc.Name}).slices, a.Is4())
-				able = func(node string) bool { return local[node] }
+				able = func(node string) bool { return local[node] && (near == nil || near[node]) }
 			}
 			out = append(out, Announcement{a, svc.Namespace, svc.Name, elect(svc, nodes, able)})
 		}
@@ -78,6 +85,42 @@ func Balanced(services []*corev1.Service) []netip.Prefix {
 		}
 	}
 	return out
+}
+
+// standing are the nodes that stand on each network.
+type standing map[netip.Prefix]map[string]bool
+
+// networks reads what nodes say. What does not parse is left out.
+func networks(nodes []*corev1.Node) standing {
+	out := standing{}
+	for _, n := range nodes {
+		for _, text := range strings.Split(n.Annotations[api.AnnotationNetworks], ",") {
+			p, err := netip.ParsePrefix(strings.TrimSpace(text))
+			if err != nil {
+				continue
+			}
+			if out[p.Masked()] == nil {
+				out[p.Masked()] = map[string]bool{}
+			}
+			out[p.Masked()][n.Name] = true
+		}
+	}
+	return out
+}
+
+// at are the nodes that stand on a network of a, whatever state they are in; nil if none does.
+func (s standing) at(a netip.Addr) (nodes map[string]bool) {
+	for p, here := range s {
+		switch {
+		case !p.Contains(a):
+		case nodes == nil:
+			nodes = here
+		default: // networks may lie within each other
+			nodes = maps.Clone(nodes)
+			maps.Copy(nodes, here)
+		}
+	}
+	return nodes
 }
 
 // announcers are the names of the nodes that may announce.

@@ -9,6 +9,8 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"pgregory.net/rapid"
+
+	"decree.dev/decree/schemas/api"
 )
 
 func readyNode(name string, edits ...func(*corev1.Node)) *corev1.Node {
@@ -85,4 +87,44 @@ func TestElection(t *testing.T) {
 			t.Fatalf("%s had %d of 200 services among %d nodes", lost, share, len(d.Nodes))
 		}
 	})
+}
+
+// TestNetworks: who stands on an address's network announces it, whatever the ranks; where
+// nobody does, anybody.
+func TestNetworks(t *testing.T) {
+	on := func(networks string) func(*corev1.Node) {
+		return func(n *corev1.Node) { n.Annotations = map[string]string{api.AnnotationNetworks: networks} }
+	}
+	silent := func(n *corev1.Node) { n.Status.Conditions[0].Status = corev1.ConditionUnknown }
+	nodes := []*corev1.Node{
+		readyNode("n1", on("192.168.1.0/24, fd00:1::/64")), readyNode("n2", on("192.168.2.0/24,nonsense")), readyNode("n3"),
+		readyNode("n4", on("192.168.4.0/24"), silent), readyNode("n5", on("192.168.0.0/16")),
+	}
+	var services []*corev1.Service
+	var eps []*discoveryv1.EndpointSlice
+	for i := range 40 { // of all ranks
+		name := fmt.Sprint("s", i)
+		services = append(services, balanced(name, "Cluster", fmt.Sprint("192.168.1.", i), fmt.Sprint("192.168.2.", i), fmt.Sprint("203.0.113.", i), fmt.Sprint("fd00:1::", i+1)))
+		local := fmt.Sprint("l", i)
+		services = append(services, balanced(local, "Local", fmt.Sprint("192.168.1.", 100+i), fmt.Sprint("fd00:1::1:", i)))
+		eps = append(eps, slice(local, discoveryv1.AddressTypeIPv4, 80, "10.98.0.1 @n2", "10.98.0.2 @n5"), slice(local, discoveryv1.AddressTypeIPv6, 80, "fd98::1 @n2"))
+	}
+	services = append(services, balanced("off", "Cluster", "192.168.4.1"))
+	got := map[string]map[string]bool{}
+	for _, a := range Announcements(Desired{Nodes: nodes, Services: services, Slices: eps}) {
+		network, _ := a.Addr.Prefix(24)
+		if a.Addr.Is6() {
+			network, _ = a.Addr.Prefix(64)
+		}
+		key := fmt.Sprint(network, " ", a.Name[:1])
+		if got[key] == nil {
+			got[key] = map[string]bool{}
+		}
+		got[key][a.Node] = true
+	}
+	want := "map[192.168.1.0/24 l:map[n5:true] 192.168.1.0/24 s:map[n1:true n5:true] 192.168.2.0/24 s:map[n2:true n5:true] 192.168.4.0/24 o:map[n5:true] " +
+		"203.0.113.0/24 s:map[n1:true n2:true n3:true n5:true] fd00:1::/64 l:map[:true] fd00:1::/64 s:map[n1:true]]"
+	if fmt.Sprint(got) != want {
+		t.Errorf("got\n%v\nwant\n%s", got, want)
+	}
 }

@@ -243,6 +243,7 @@ func TestRendererRemembers(t *testing.T) {
 				for range rapid.IntRange(0, 3).Draw(t, "endpoints") {
 					e := ep(fmt.Sprint("10.98.0.", rapid.IntRange(1, 5).Draw(t, "ep")))
 					e.NodeName = new(rapid.SampledFrom([]string{"n1", "n2"}).Draw(t, "node"))
+					s.Name = rapid.SampledFrom([]string{"", name, "same"}).Draw(t, "name")
 					e.Hints = &discoveryv1.EndpointHints{ForZones: []discoveryv1.ForZone{{Name: rapid.SampledFrom([]string{"a", "b"}).Draw(t, "hint")}}}
 					s.Endpoints = append(s.Endpoints, e)
 				}
@@ -269,7 +270,9 @@ func BenchmarkRender(b *testing.B) {
 	for i := range 30000 {
 		name := fmt.Sprintf("s%05d", i) // in order, as a view has them
 		d.Services = append(d.Services, svc(name, corev1.ServiceSpec{ClusterIP: fmt.Sprintf("10.97.%d.%d", i/250, i%250), Ports: []corev1.ServicePort{{Name: "p", Port: 80}}}))
-		d.Slices = append(d.Slices, slice(name, discoveryv1.AddressTypeIPv4, 8080, "10.98.0.1", "10.98.0.2", "10.98.0.3"))
+		s := slice(name, discoveryv1.AddressTypeIPv4, 8080, "10.98.0.1", "10.98.0.2", "10.98.0.3")
+		s.Name = name + "-x"
+		d.Slices = append(d.Slices, s)
 	}
 	b.Run("first", func(b *testing.B) {
 		for b.Loop() {

@@ -16,10 +16,11 @@ import (
 // or for a slice of which, there is another object: objects are never modified. The zero
 // value is ready; calls must take turns.
 type Renderer struct {
-	last   renderer
-	parts  []*part // in the order of their services
-	groups groups
-	order  []int32 // of the claims of the last table
+	last     renderer
+	services []*corev1.Service // in order
+	parts    []*part           // of services
+	groups   groups
+	order    []int32 // of the claims of the last table
 }
 
 // part is what one service comes to.
@@ -52,7 +53,7 @@ func (re *Renderer) Render(d Desired) Table {
 		old = nil
 	}
 	re.groups.set(d.Slices)
-	services := byName(d.Services)
+	services := byName(d.Services, re.services)
 	parts := make([]*part, 0, len(services))
 	claims := make([]*claim, 0, len(re.order))
 	near := map[netip.Addr]bool{}
@@ -83,7 +84,7 @@ func (re *Renderer) Render(d Desired) Table {
 	r.part = &part{}
 	r.hostPorts(d.Pods)
 	take(r.part)
-	re.last, re.parts = *r, parts
+	re.last, re.parts, re.services = *r, parts, slices.Clone(services) // the caller's to use again
 	r.table.Services = re.settle(claims)
 	r.table.Near = slices.SortedFunc(maps.Keys(near), netip.Addr.Compare)
 	return r.table
@@ -98,11 +99,19 @@ func compareNames[T metav1.Object](a, b T) int {
 	return cmp.Or(strings.Compare(a.GetNamespace(), b.GetNamespace()), strings.Compare(a.GetName(), b.GetName()))
 }
 
-// byName orders objects by namespace and name.
-func byName[T metav1.Object](all []T) []T {
-	if !slices.IsSortedFunc(all, compareNames) {
-		all = slices.Clone(all)
-		slices.SortStableFunc(all, compareNames)
+// byName orders objects by namespace and name. last is ordered, and so is, mostly, all:
+// where both have the same object at the same place there is nothing to compare.
+func byName[T interface {
+	comparable
+	metav1.Object
+}](all, last []T) []T {
+	for i := 1; i < len(all); i++ {
+		known := i < len(last) && all[i] == last[i] && all[i-1] == last[i-1]
+		if !known && compareNames(all[i-1], all[i]) > 0 {
+			all = slices.Clone(all)
+			slices.SortStableFunc(all, compareNames)
+			break
+		}
 	}
 	return all
 }
@@ -180,7 +189,7 @@ func (gs *groups) set(all []*discoveryv1.EndpointSlice) {
 			g.version++
 		}
 	}
-	all = byName(all)
+	all = byName(all, gs.all)
 	had, have := gs.all, all
 	for len(had) > 0 || len(have) > 0 {
 		switch {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -398,6 +399,7 @@ func TestReport(t *testing.T) {
 	if err != nil || !apierrors.IsAlreadyExists(errs[0]) || errs[1] != nil {
 		t.Errorf("%v %v", errs, err)
 	}
+	testSaysOfItself(t, f, n1)
 	before := f.LastContact("n1")
 	if errs, err := n1.Report(timeout(t), "n1", nil); err != nil || len(errs) != 0 || !f.LastContact("n1").After(before) {
 		t.Errorf("empty report: %v %v", errs, err)
@@ -610,5 +612,34 @@ func TestImpersonationIsRefused(t *testing.T) {
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusBadRequest {
 		t.Errorf("%s", resp.Status)
+	}
+}
+
+// testSaysOfItself: a node adds to the labels and annotations of its own Node, and changes
+// nothing else by that.
+func testSaysOfItself(t *testing.T, f *fixture, n1 *client.Client) {
+	t.Helper()
+	stored, _ := api.Get[*corev1.Node](f.store.View(), "", "n1")
+	stored = api.Clone(stored)
+	stored.Labels, stored.Spec.Unschedulable = map[string]string{"by": "others"}, true
+	stored.Annotations = map[string]string{"by": "others", api.AnnotationWireGuard: "of before"}
+	f.apply(api.Mutation{Verb: api.Update, Key: api.KeyOf(stored), Object: stored})
+	said := newNode("n1") // as it was before
+	said.Labels = map[string]string{"topology.kubernetes.io/zone": "east", "node-restriction.kubernetes.io/trusted": "yes"}
+	said.Annotations = map[string]string{api.AnnotationNetworks: "192.0.2.0/24", api.AnnotationSource: "shop"}
+	other := newNode("n2")
+	other.Labels = said.Labels
+	errs, err := n1.Report(timeout(t), "n1", []api.Mutation{
+		{Verb: api.Update, Key: api.KeyOf(said), Object: said}, {Verb: api.Update, Key: api.KeyOf(other), Object: other}, {Verb: api.Delete, Key: api.KeyOf(said)},
+	})
+	if err != nil || errs[0] != nil || !apierrors.IsForbidden(errs[1]) || !apierrors.IsForbidden(errs[2]) {
+		t.Fatalf("%v %v", errs, err)
+	}
+	now, _ := api.Get[*corev1.Node](f.store.View(), "", "n1")
+	if want := map[string]string{"by": "others", "topology.kubernetes.io/zone": "east"}; !maps.Equal(now.Labels, want) || !now.Spec.Unschedulable {
+		t.Errorf("labels %v, want %v; unschedulable %v", now.Labels, want, now.Spec.Unschedulable)
+	}
+	if want := map[string]string{"by": "others", api.AnnotationNetworks: "192.0.2.0/24"}; !maps.Equal(now.Annotations, want) {
+		t.Errorf("annotations %v, want %v", now.Annotations, want)
 	}
 }

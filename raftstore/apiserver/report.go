@@ -6,7 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
+	"strings"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -182,9 +184,7 @@ func reported(view api.Reader, node string, item *ReportItem) (api.Mutation, err
 	case api.Pods:
 		return m, reportedPod(view, node, &m)
 	case api.Nodes:
-		if m.Key.Name == node && (m.Verb == api.Create || m.Verb == api.UpdateStatus) {
-			return m, nil
-		}
+		return m, reportedNode(view, node, &m)
 	case api.Events:
 		return m, reportedEvent(view, node, &m)
 	}
@@ -220,6 +220,47 @@ func reportedPod(view api.Reader, node string, m *api.Mutation) error {
 		return nil
 	}
 	return notReportable(node, m)
+}
+
+// Prefixes of what nodes do not say of themselves: labels that are there to tell nodes apart
+// whatever they say (KEP-279), and annotations but those of their agents' own.
+const (
+	restrictedLabels = "node-restriction.kubernetes.io/"
+	agentAnnotations = "net.decree.dev/"
+)
+
+// reportedNode lets a node make its own Node and report its status, and say more of itself in
+// labels and its agent's annotations. The rest of the object, and what others set in it, stays.
+func reportedNode(view api.Reader, node string, m *api.Mutation) error {
+	if m.Key.Name != node {
+		return notReportable(node, m)
+	}
+	switch m.Verb {
+	case api.Create, api.UpdateStatus:
+		return nil
+	case api.Update:
+	default:
+		return notReportable(node, m)
+	}
+	have, ok := api.Get[*corev1.Node](view, "", node)
+	if !ok {
+		return apierrors.NewNotFound(groupResource(api.Nodes), node)
+	}
+	said, now := m.Object.(*corev1.Node), api.Clone(have)
+	for k, v := range said.Labels {
+		if !strings.HasPrefix(k, restrictedLabels) {
+			metav1.SetMetaDataLabel(&now.ObjectMeta, k, v)
+		}
+	}
+	agents := func(k, _ string) bool { return strings.HasPrefix(k, agentAnnotations) }
+	maps.DeleteFunc(now.Annotations, agents) // what it does not say any more
+	for k, v := range said.Annotations {
+		if agents(k, v) {
+			metav1.SetMetaDataAnnotation(&now.ObjectMeta, k, v)
+		}
+	}
+	m.Object, m.Revision = now, api.RevisionOf(have)
+	return nil
 }
 
 // reportedEvent makes sure that an event says which node it is from, and that a

@@ -181,7 +181,7 @@ func osImage() string {
 }
 
 // reportNode reports the node's status. The object itself is written only when it
-// is missing or lacks our labels; what others set in it stays.
+// is missing or lacks our labels or annotations; what others set in it stays.
 func (a *Agent) reportNode(f facts, last *corev1.Node, lost error, since time.Time) *corev1.Node {
 	var have *corev1.Node
 	synced := a.isSynced()
@@ -224,7 +224,10 @@ func (a *Agent) reportNode(f facts, last *corev1.Node, lost error, since time.Ti
 			a.report.put(api.Mutation{Verb: api.UpdateStatus, Key: key, Object: node}, refused)
 		})
 	case missing:
-		a.report.put(api.Mutation{Verb: api.Update, Key: key, Object: node}, refused)
+		a.report.put(api.Mutation{Verb: api.Update, Key: key, Object: node}, func(err error) {
+			refused(err) // by a server of a version that does not take it
+			a.report.put(api.Mutation{Verb: api.UpdateStatus, Key: key, Object: node}, refused)
+		})
 	case last != nil && sameStatus(have, node):
 		a.report.beat() // contact is all there is to say: nothing for the log
 	default:

@@ -14,7 +14,9 @@ import (
 	"decree.dev/decree/cmd/decree/internal/daemon"
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/dns"
+	"decree.dev/decree/netplane/ipvs"
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/schemas/api"
 	"decree.dev/decree/schemas/compile"
 )
 
@@ -131,6 +133,11 @@ func (d *daemonFlags) node(c *cobra.Command, cfg *daemon.Config) {
 	f.StringVar(&cfg.Ingress.ACMEDirectory, "acme-directory", "", "URL of a CA (RFC 8555) that certificates are obtained from (default: none, or Let's Encrypt with --acme-email)")
 	f.StringVar(&cfg.Ingress.ACMEEmail, "acme-email", "", "address that the CA writes to about certificates")
 	f.StringVar(&cfg.Ingress.ACMERoots, "acme-ca-file", "", "file with the certificates that the CA's own server is verified with (default: those of the system)")
+	f.StringVar(&cfg.IPVS.Scheduler, "ipvs-scheduler", ipvs.DefaultScheduler, "how IPVS chooses an endpoint where a service does not say: "+strings.Join(api.Schedulers, ", "))
+	f.DurationVar(&cfg.IPVS.Drain, "ipvs-drain", ipvs.DefaultDrain, "how long connections to an endpoint that went may go on")
+	f.DurationVar(&cfg.IPVS.TCP, "ipvs-tcp-timeout", 0, "how long IPVS remembers idle connections (default: as the kernel has it)")
+	f.DurationVar(&cfg.IPVS.TCPFin, "ipvs-tcpfin-timeout", 0, "the same for connections that one side has ended")
+	f.DurationVar(&cfg.IPVS.UDP, "ipvs-udp-timeout", 0, "the same for UDP")
 	f.StringVar((*string)(&cfg.Encryption), "encryption", "off", "of what pods of different nodes say to each other, by WireGuard (UDP port 51820): on (with nodes that have it on too) or required (nodes that do not encrypt are not reached)")
 	f.StringArrayVar(&d.stubs, "dns-stub", nil, "DOMAIN=ADDRESS[:PORT][,...]: a domain with name servers of its own; may be repeated")
 }
@@ -202,6 +209,9 @@ func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 	case "", netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll:
 	default:
 		return usageError{fmt.Errorf("--encryption %q: expected %s, %s or %s", cfg.Encryption, netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll)}
+	}
+	if err := cfg.IPVS.Validate(); err != nil {
+		return usageError{fmt.Errorf("--ipvs-*: %w", err)}
 	}
 	for _, text := range d.stubs {
 		stub, err := dns.ParseStub(text)

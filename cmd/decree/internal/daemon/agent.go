@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -123,7 +124,7 @@ func (c *Config) supervision() containerd.SupervisorConfig {
 // network says what the network of a node is made of.
 func (c *Config) network(metrics prometheus.Registerer) netplane.Config {
 	return netplane.Config{
-		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, Encryption: c.Encryption, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
+		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, IPVS: c.IPVS, Encryption: c.Encryption, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
 		Log: c.Log.With("part", "network"), Registerer: metrics,
 	}
 }
@@ -182,7 +183,7 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 	n.agent, err = agent.New(agent.Config{
 		Node: cfg.Node, Runtime: n.runtime, Network: n.plane, ControlPlane: controlPlane{n.mirror, n.changed.agent, n.changed.usable}, Dir: cfg.dir("agent"), Labels: cfg.labels(),
 		HostIPs: cfg.hostIPs(), ClusterDNS: cfg.DNS, ClusterDomain: cfg.Domain, Version: cfg.Version,
-		Annotations: map[string]string{api.AnnotationWireGuard: n.plane.PublicKey()},
+		Annotations: map[string]string{api.AnnotationWireGuard: n.plane.PublicKey(), api.AnnotationNetworks: cfg.networks()},
 		Logger:      cfg.Log.With("part", "agent"), Registerer: metrics,
 	})
 	return n, err
@@ -412,26 +413,47 @@ func (n *nodes) Exec(ctx context.Context, node string, pod *corev1.Pod, e apiser
 	return code, answer(err)
 }
 
-// hostIPs are this machine's own addresses, loopback if there is no other. The node's
-// ends of pod links, which a restarted agent finds, lie within cluster and are no
-// addresses of the machine.
+// hostIPs are this machine's own addresses, loopback if there is no other.
 func hostIPs(cluster ...netip.Prefix) []netip.Addr {
-	addrs, err := net.InterfaceAddrs()
-	if err != nil {
-		return nil
-	}
 	var list []netip.Addr
-	for _, a := range addrs {
-		p, err := netip.ParsePrefix(a.String())
-		ours := slices.ContainsFunc(cluster, func(c netip.Prefix) bool { return c.Contains(p.Addr().Unmap()) })
-		if err == nil && p.Addr().IsGlobalUnicast() && !ours {
-			list = append(list, p.Addr())
-		}
+	for _, p := range hostPrefixes(cluster...) {
+		list = append(list, p.Addr())
 	}
 	if len(list) == 0 {
 		list = append(list, netip.MustParseAddr("127.0.0.1"))
 	}
 	return list
+}
+
+// hostPrefixes are this machine's own addresses with the networks that they are of. The node's
+// ends of pod links, which a restarted agent finds, lie within cluster and are no addresses of
+// the machine.
+func hostPrefixes(cluster ...netip.Prefix) (list []netip.Prefix) {
+	addrs, err := net.InterfaceAddrs()
+	if err != nil {
+		return nil
+	}
+	for _, a := range addrs {
+		p, err := netip.ParsePrefix(a.String())
+		ours := slices.ContainsFunc(cluster, func(c netip.Prefix) bool { return c.Contains(p.Addr().Unmap()) })
+		if err == nil && p.Addr().IsGlobalUnicast() && !ours {
+			list = append(list, p)
+		}
+	}
+	return list
+}
+
+// networkList is the text of the networks that addresses are of; those that are alone in theirs
+// share it with nobody.
+func networkList(addrs []netip.Prefix) string {
+	var texts []string
+	for _, p := range addrs {
+		if text := p.Masked().String(); !p.IsSingleIP() && !slices.Contains(texts, text) {
+			texts = append(texts, text)
+		}
+	}
+	slices.Sort(texts)
+	return strings.Join(texts, ",")
 }
 
 // Doctor checks what the network of a node with the default configuration needs.

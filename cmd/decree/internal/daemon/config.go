@@ -21,6 +21,7 @@ import (
 
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/dns"
+	"decree.dev/decree/netplane/ipvs"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/raftstore/membership"
 	"decree.dev/decree/raftstore/pki"
@@ -76,8 +77,9 @@ type Config struct {
 
 	Backend    netplane.Backend // balances services; empty: what the kernel has
 	Encryption netplane.Encryption
-	ResolvConf string     // file with the name servers for names outside the cluster
-	DNSStubs   []dns.Stub // domains with name servers of their own
+	IPVS       ipvs.Config // how that backend works
+	ResolvConf string      // file with the name servers for names outside the cluster
+	DNSStubs   []dns.Stub  // domains with name servers of their own
 
 	Ingress IngressConfig
 

@@ -75,3 +75,8 @@ func (c *Config) setRanges(families []command.Ranges) {
 
 // hostIPs are this machine's own addresses, without those of the cluster.
 func (c *Config) hostIPs() []netip.Addr { return hostIPs(slices.Concat(c.PodCIDRs, c.ServiceCIDRs)...) }
+
+// networks are those that this machine stands on, as its node says it.
+func (c *Config) networks() string {
+	return networkList(hostPrefixes(slices.Concat(c.PodCIDRs, c.ServiceCIDRs)...))
+}

@@ -1,0 +1,310 @@
+package netplane_test
+
+import (
+	"bufio"
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"decree.dev/decree/netplane/netplanetest"
+	"decree.dev/decree/netplane/netspace"
+)
+
+// take takes what a stream has lost so far.
+func (s *stream) take() []error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	lost := s.lost
+	s.lost = nil
+	return lost
+}
+
+// client makes a stream of requests from a host; patience is how long one may take. With kept
+// they go over one connection, else over one each.
+func (f *fleet) client(from netplanetest.Host, to netip.AddrPort, patience time.Duration, kept bool) *stream {
+	dial := func() (c net.Conn, err error) {
+		err = netspace.Do(f.lab.Path[from], func() (err error) {
+			c, err = net.DialTimeout("tcp", to.String(), patience)
+			return err
+		})
+		return c, err
+	}
+	s := &stream{name: fmt.Sprintf("%s to %s", from, to), asked: make(chan struct{}, 1)}
+	if kept {
+		c, err := dial()
+		if err != nil {
+			f.t.Fatal(err)
+		}
+		f.t.Cleanup(func() { c.Close() })
+		in := bufio.NewReader(c)
+		s.name += ", one connection"
+		s.ask = func() error { return exchange(c, in, patience) }
+		return s
+	}
+	s.ask = func() error {
+		c, err := dial()
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		return exchange(c, bufio.NewReader(c), patience)
+	}
+	return s
+}
+
+// flow runs streams for the time of the test, or until the returned function is called.
+func flow(t *testing.T, all ...*stream) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	for _, s := range all {
+		wg.Go(func() { s.run(ctx) })
+	}
+	stop = sync.OnceFunc(func() { cancel(); wg.Wait() })
+	t.Cleanup(stop)
+	return stop
+}
+
+// goOn waits until all streams have asked some times more: once for what may have begun before.
+func goOn(t *testing.T, all ...*stream) {
+	t.Helper()
+	var targets []int
+	for _, s := range all {
+		targets = append(targets, s.count()+4)
+	}
+	for i, s := range all {
+		s.until(t, targets[i])
+	}
+}
+
+// well fails the test if any stream has lost something.
+func well(t *testing.T, when string, all ...*stream) {
+	t.Helper()
+	for _, s := range all {
+		if lost := s.take(); len(lost) > 0 {
+			t.Errorf("%s: %s lost %d requests, the first: %v", when, s.name, len(lost), lost[0])
+		}
+	}
+}
+
+// TestFleetFaults: on five nodes, with streams of requests from pods, nodes and outside in both
+// families.
+//   - While endpoints come and go and agents are killed in the middle of that and started
+//     again, nothing is lost.
+//   - A link that is cut costs what goes over it, while it is cut, and nothing else.
+//   - A node that dies costs requests to its endpoints until they are removed, none after that.
+func TestFleetFaults(t *testing.T) {
+	t.Parallel()
+	f := newFleet(t, 5)
+	for i := range 200 { // so that an update takes its time
+		f.service(fmt.Sprint("other", i), 100+i, 80, linePort, nil, "pod1")
+	}
+	testPlanned(t, f)
+	testCut(t, f)
+	testDeath(t, f)
+}
+
+func (f *fleet) front(pods ...netplanetest.Host) {
+	f.service("web", 1, 80, linePort, func(s *corev1.Service) {
+		s.Spec.Type, s.Spec.Ports[0].NodePort = corev1.ServiceTypeNodePort, 30080
+	}, pods...)
+}
+
+// callers are clients of the service in front, from everywhere.
+func (f *fleet) callers(patience time.Duration, kept bool) (out []*stream) {
+	for _, n := range f.nets {
+		for _, from := range []netplanetest.Host{"pod1", "pod5", "n2", outside} {
+			to := netip.AddrPortFrom(n.Service(1), 80)
+			if from == outside {
+				to = netip.AddrPortFrom(n.Addr["n3"], 30080)
+			}
+			out = append(out, f.client(from, to, patience, kept))
+		}
+	}
+	return out
+}
+
+func testPlanned(t *testing.T, f *fleet) {
+	pods := f.podHosts()
+	f.front(pods...)
+	f.publish()
+	all := append(f.callers(10*time.Second, false), f.callers(10*time.Second, true)...)
+	stop := flow(t, all...)
+	goOn(t, all...)
+	rounds := 0
+	for _, victim := range append(slices.Clone(f.nodes), f.nodes...) {
+		rounds++
+		gone := rounds % len(pods) // one leaves, and the one before is back
+		f.front(append(slices.Clone(pods[:gone]), pods[gone+1:]...)...)
+		if err := victim.in.Encode(order{Set: f.desired(victim)}); err != nil {
+			t.Fatal(err)
+		}
+		killed := time.After(rand.N(15 * time.Millisecond)) // somewhere in that
+		f.publish(victim)
+		<-killed
+		victim.kill()
+		goOn(t, all...)
+		victim.start()
+		f.publish()
+		goOn(t, all...)
+		well(t, fmt.Sprintf("round %d, %s killed in an update", rounds, victim.object.Name), all...)
+	}
+	stop()
+	total := 0
+	for _, s := range all {
+		total += s.count()
+	}
+	t.Logf("%d agents killed in updates, %d requests of %d clients, none lost", rounds, total, len(all))
+}
+
+// patience is how long requests wait that are expected to be lost.
+const patience = 300 * time.Millisecond
+
+func testCut(t *testing.T, f *fleet) {
+	victim := f.nodes[1]
+	var through, beside []*stream
+	for _, n := range f.nets {
+		for _, from := range []netplanetest.Host{"pod1", "pod2", "pod3", "pod5"} {
+			for _, to := range f.podHosts() {
+				s := f.client(from, netip.AddrPortFrom(n.Addr[to], linePort), patience, false)
+				if from != to && (from == "pod2" || to == "pod2") {
+					through = append(through, s)
+				} else {
+					beside = append(beside, s)
+				}
+			}
+		}
+	}
+	all := slices.Concat(through, beside)
+	stop := flow(t, all...)
+	goOn(t, all...)
+	well(t, "before the link is cut", all...)
+	begun := time.Now()
+	f.cable(victim, false)
+	goOn(t, all...)
+	for _, s := range through {
+		if len(s.take()) < 3 {
+			t.Errorf("%s goes on over a link that is cut", s.name)
+		}
+	}
+	well(t, "beside the link that is cut", beside...)
+	f.cable(victim, true)
+	cut := time.Since(begun)
+	// Neighbours that did not answer are asked again after a second.
+	for _, s := range through {
+		end := time.After(20 * time.Second)
+		for before := s.won(); s.won() == before; {
+			select {
+			case <-s.asked:
+			case <-end:
+				t.Fatalf("%s does not come back with its link", s.name)
+			}
+		}
+	}
+	again := time.Since(begun) - cut
+	for _, s := range all {
+		s.take()
+	}
+	goOn(t, all...)
+	well(t, "with the link again", all...)
+	stop()
+	t.Logf("a link was cut for %s: %d clients lost requests, %d others none; all went on %s after it was back", cut.Round(time.Millisecond), len(through), len(beside), again.Round(time.Millisecond))
+}
+
+// won is how many requests were answered.
+func (s *stream) won() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.answered
+}
+
+func testDeath(t *testing.T, f *fleet) {
+	pods, victim := f.podHosts(), f.nodes[3]
+	f.front(pods...)
+	f.publish()
+	all := f.callers(patience, false)
+	stop := flow(t, all...)
+	goOn(t, all...)
+	well(t, "before the node dies", all...)
+	begun := time.Now()
+	victim.kill()
+	f.cable(victim, false)
+	goOn(t, all...)
+	unanswered := f.unanswered()
+	// What the control plane makes of it.
+	victim.object.Status.Conditions[0].Status = corev1.ConditionUnknown
+	f.front(slices.DeleteFunc(slices.Clone(pods), func(h netplanetest.Host) bool { return f.pods[h].Spec.NodeName == victim.object.Name })...)
+	f.publish(victim)
+	removed := time.Since(begun)
+	goOnOnce(t, all...) // what was under way ends
+	lost := 0
+	for _, s := range all {
+		lost += len(s.take())
+	}
+	asked := 0
+	for _, s := range all {
+		asked -= s.count()
+	}
+	for a, port := range unanswered {
+		if err := a.fromPort(f, port); err != nil {
+			t.Errorf("%s from port %d, which went to the node that died before: %v", a, port, err)
+		}
+	}
+	for range 10 {
+		goOn(t, all...)
+	}
+	for _, s := range all {
+		asked += s.count()
+	}
+	well(t, "once its endpoints are removed", all...)
+	stop()
+	if lost == 0 {
+		t.Error("a node died, and nobody noticed")
+	}
+	t.Logf("a node died and was removed after %s: %d requests lost until then, none of %d after", removed.Round(time.Millisecond), lost, asked)
+}
+
+// unanswered finds, for clients of each family, a port from which they ask the dead node.
+func (f *fleet) unanswered() map[asked]int {
+	f.t.Helper()
+	out := map[asked]int{}
+	for _, n := range f.nets {
+		a := asked{"pod1", netip.AddrPortFrom(n.Service(1), 80)}
+		for port := 20000; out[a] == 0; port++ {
+			if a.fromPort(f, port) != nil {
+				out[a] = port
+			}
+			if port == 20200 {
+				f.t.Fatalf("%s: a node died, and everything is answered", a)
+			}
+		}
+	}
+	return out
+}
+
+// fromPort connects from a port of the client.
+func (a asked) fromPort(f *fleet, port int) error {
+	return netspace.Do(f.lab.Path[a.from], func() error {
+		c, err := (&net.Dialer{Timeout: patience, LocalAddr: &net.TCPAddr{Port: port}}).Dial("tcp", a.to.String())
+		if err == nil {
+			_ = c.(*net.TCPConn).SetLinger(0) // so that the port is free again
+			c.Close()
+		}
+		return err
+	})
+}
+
+// goOnOnce waits until the requests under way have ended.
+func goOnOnce(t *testing.T, all ...*stream) {
+	t.Helper()
+	for _, s := range all {
+		s.until(t, s.count()+2)
+	}
+}

@@ -1,0 +1,94 @@
+package flows
+
+import (
+	"net"
+	"net/netip"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"decree.dev/decree/netplane/netspace/netspacetest"
+)
+
+// TestForget: flows of an address go in both families, whoever began them and whatever they are
+// called by; those of others stay; callers at the same time are all served.
+func TestForget(t *testing.T) {
+	path := netspacetest.Namespace(t, "node")
+	var own, others []string
+	for i, family := range []string{"10.98.1.", "fd98::"} {
+		a := func(last string) string { return family + last }
+		netspacetest.Up(t, path, "lo", a("1")+"/"+[]string{"24", "64"}[i], a("2")+"/"+[]string{"32", "128"}[i], a("3")+"/"+[]string{"32", "128"}[i])
+		own = append(own, a("2"))
+		others = append(others, a("3"))
+	}
+	// A service in front of the second address, so that it is there by another name.
+	netspacetest.In(t, path, func() error {
+		c := exec.Command("nft", "-f", "-")
+		c.Stdin = strings.NewReader(`table ip t { chain c { type nat hook output priority -100; ip daddr 10.98.1.1 udp dport 53 dnat to 10.98.1.2; }; chain d { type filter hook output priority 0; ct state new accept; }; }
+table ip6 t { chain d { type filter hook output priority 0; ct state new accept; }; }`)
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		for _, pair := range [][2]string{{"10.98.1.1", "10.98.1.1"}, {"10.98.1.2", "10.98.1.3"}, {"10.98.1.3", "10.98.1.2"}, {"10.98.1.3", "10.98.1.1"}, {"fd98::2", "fd98::3"}, {"fd98::3", "fd98::1"}} {
+			d := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(pair[0])}}
+			conn, err := d.Dial("udp", net.JoinHostPort(pair[1], "53"))
+			if err != nil {
+				return err
+			}
+			_, err = conn.Write([]byte("?"))
+			conn.Close()
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	s, err := New(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	// left are the flows that there are, as who sends to whom, and who really answers.
+	left := func() (out []string) {
+		for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+			all, err := s.handle.ConntrackTableList(netlink.ConntrackTable, family)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range all {
+				if f.Forward.Protocol == unix.IPPROTO_UDP {
+					out = append(out, f.Forward.SrcIP.String()+" "+f.Forward.DstIP.String()+" "+f.Reverse.SrcIP.String())
+				}
+			}
+		}
+		slices.Sort(out)
+		return out
+	}
+	before := left()
+	if want := 6; len(before) != want || !slices.Contains(before, "10.98.1.3 10.98.1.1 10.98.1.2") {
+		t.Fatalf("%d flows, want %d: %q", len(before), want, before)
+	}
+	if n, err := s.Forget(); n != 0 || err != nil {
+		t.Errorf("nobody's: %d, %v", n, err)
+	}
+	var wg sync.WaitGroup
+	for _, text := range own {
+		wg.Go(func() {
+			if _, err := s.Forget(netip.MustParseAddr(text)); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if got := left(); !slices.Equal(got, []string{"fd98::3 fd98::1 fd98::1"}) {
+		t.Errorf("left: %q", got)
+	}
+	if n, err := s.Forget(netip.MustParseAddr(others[1])); n == 0 || err != nil || len(left()) > 0 {
+		t.Errorf("the last one: %d, %v, %q", n, err, left())
+	}
+}
