@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"decree.dev/decree/netplane/ingress/route"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -86,6 +87,9 @@ func relationsOf(o api.Object) (r relations) {
 		r.slices = []*discoveryv1.EndpointSlice{slice()}
 	case *appsv1.Deployment:
 		r.sets = []*appsv1.ReplicaSet{{ObjectMeta: about("shop", "web-1"), Status: appsv1.ReplicaSetStatus{Replicas: 1, ReadyReplicas: 1}}}
+	case *networkingv1.Ingress:
+		r.routes = route.Build(route.Objects{Ingresses: []*networkingv1.Ingress{ingress()}, Classes: []*networkingv1.IngressClass{{ObjectMeta: about("", "decree"), Spec: networkingv1.IngressClassSpec{Controller: "example.com/other"}}}}, nil)
+		r.routes.Warnings = []route.Warning{{Namespace: "shop", Name: "web", Message: "there is no service \"web\""}, {Namespace: "shop", Name: "other", Message: "not of this one"}}
 	case *api.Source:
 		for range recent + 2 {
 			r.revisions = append(r.revisions, revision())

@@ -64,7 +64,7 @@ func (w *sheet) object(o api.Object, r relations, now time.Time) {
 	case *networkingv1.NetworkPolicy:
 		w.networkPolicy(o)
 	case *networkingv1.Ingress:
-		w.ingress(o)
+		w.ingress(o, r.routes)
 	case *networkingv1.IngressClass:
 		w.line("Controller:", o.Spec.Controller)
 	case *corev1.Node:
