@@ -54,8 +54,12 @@ h2load. The generator and the backend share another core: the machine needs two.
 					samples = append(samples, s)
 					return
 				}
-				fmt.Fprintf(e.Out, "%-12s %-8s %7.0f/s  %4.2f of nginx  p50 %6.0f µs  p99 %6.0f µs  %6.2f ms CPU per 1,000  %4.0f MiB  %.0f failed\n",
-					s.What, s.Server, s.PerSec, s.OfNginx, s.P50, s.P99, s.CPU, s.Memory, s.Failed)
+				ratio := ""
+				if s.OfNginx > 0 {
+					ratio = fmt.Sprintf("  %4.2f of nginx", s.OfNginx)
+				}
+				fmt.Fprintf(e.Out, "%-12s %-8s %7.0f/s%s  p50 %6.0f µs  p99 %6.0f µs  %6.2f ms CPU per 1,000  %4.0f MiB  %.0f failed\n",
+					s.What, s.Server, s.PerSec, ratio, s.P50, s.P99, s.CPU, s.Memory, s.Failed)
 			}
 			if err := ingressbench.Run(c.Context(), cfg); err != nil {
 				return fmt.Errorf("bench ingress: %w", err)
