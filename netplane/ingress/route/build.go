@@ -3,11 +3,13 @@ package route
 import (
 	"cmp"
 	"fmt"
+	"iter"
 	"slices"
 	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 
 	"decree.dev/decree/netplane/render"
@@ -22,7 +24,7 @@ import (
 func Build(o Objects, before *Table) *Table {
 	b := &builder{
 		table:    &Table{names: map[string]*host{}, wildcards: map[string]*host{}},
-		services: make(map[string]*corev1.Service, len(o.Services)), backends: map[BackendKey]int{},
+		services: map[string]*corev1.Service{}, backends: map[BackendKey]int{},
 	}
 	var served []*networkingv1.Ingress
 	for _, ing := range o.Ingresses {
@@ -36,10 +38,7 @@ func Build(o Objects, before *Table) *Table {
 	slices.SortFunc(served, func(x, y *networkingv1.Ingress) int {
 		return cmp.Or(x.CreationTimestamp.Compare(y.CreationTimestamp.Time), cmp.Compare(x.Namespace, y.Namespace), cmp.Compare(x.Name, y.Name))
 	})
-	for _, svc := range o.Services {
-		b.services[svc.Namespace+"/"+svc.Name] = svc
-	}
-	b.client = render.NewClient(o.Desired)
+	b.find(o.Desired, served)
 	b.certs = newCerts(o.Secrets, before)
 	for _, ing := range served {
 		b.add(ing)
@@ -51,6 +50,53 @@ func Build(o Objects, before *Table) *Table {
 	slices.Sort(b.table.Managed)
 	b.table.Managed = slices.Compact(b.table.Managed)
 	return b.table
+}
+
+// find looks for the services that ingresses name, and for their endpoints. It is called
+// whenever an endpoint changes: of a cluster's services most are not reached from outside.
+func (b *builder) find(d render.Desired, served []*networkingv1.Ingress) {
+	type name struct{ namespace, name string }
+	wanted := map[name]bool{}
+	for _, ing := range served {
+		for to := range backends(ing) {
+			if to.Service != nil {
+				wanted[name{ing.Namespace, to.Service.Name}] = true
+			}
+		}
+	}
+	for _, svc := range d.Services {
+		if wanted[name{svc.Namespace, svc.Name}] {
+			b.services[svc.Namespace+"/"+svc.Name] = svc
+		}
+	}
+	all := d.Slices
+	d.Slices = nil
+	for _, s := range all {
+		if wanted[name{s.Namespace, s.Labels[discoveryv1.LabelServiceName]}] {
+			d.Slices = append(d.Slices, s)
+		}
+	}
+	b.client = render.NewClient(d)
+}
+
+// backends yields those of an ingress, one as often as it is named.
+func backends(ing *networkingv1.Ingress) iter.Seq[*networkingv1.IngressBackend] {
+	return func(yield func(*networkingv1.IngressBackend) bool) {
+		if b := ing.Spec.DefaultBackend; b != nil && !yield(b) {
+			return
+		}
+		for i := range ing.Spec.Rules {
+			if ing.Spec.Rules[i].HTTP == nil {
+				continue
+			}
+			paths := ing.Spec.Rules[i].HTTP.Paths
+			for j := range paths {
+				if !yield(&paths[j].Backend) {
+					return
+				}
+			}
+		}
+	}
 }
 
 // builder is the making of a table.
