@@ -34,10 +34,10 @@ func (a asked) String() string { return fmt.Sprintf("%s to %s", a.from, a.to) }
 func (f *fleet) answers(times int, all ...asked) map[asked]map[netip.Addr]netip.Addr {
 	f.t.Helper()
 	out := map[asked]map[netip.Addr]netip.Addr{}
-	var mu sync.Mutex
 	var wg sync.WaitGroup
 	for _, a := range all {
-		out[a] = map[netip.Addr]netip.Addr{}
+		who := map[netip.Addr]netip.Addr{}
+		out[a] = who
 		wg.Go(func() {
 			for range times {
 				v, err := f.lab.Send(a.from, render.TCP, a.to)
@@ -47,9 +47,7 @@ func (f *fleet) answers(times int, all ...asked) map[asked]map[netip.Addr]netip.
 				if err != nil || v.Rejected || v.Dropped {
 					return
 				}
-				mu.Lock()
-				out[a][v.To.Addr()] = v.From
-				mu.Unlock()
+				who[v.To.Addr()] = v.From
 			}
 		})
 	}

@@ -116,7 +116,6 @@ type Plane struct {
 	dns      *dns.Server
 	health   *healthcheck.Server
 	callers  *announce.Announcer
-	flows    *flows.Sweeper
 	metrics  *metrics
 	// checking has room for the checks of the network that run; swept is done once what
 	// earlier ones left is gone.
@@ -174,11 +173,7 @@ func New(cfg Config) (*Plane, error) {
 		return nil, fmt.Errorf("netplane: %w", err)
 	}
 	p.callers = announce.New(p.host, cfg.Log)
-	if p.flows, err = flows.New(cfg.NetNS); err != nil {
-		return nil, errors.Join(fmt.Errorf("netplane: %w", err), p.services.Close())
-	}
 	if p.policies, err = openKeeper(&p.cfg, p.networks); err != nil {
-		p.flows.Close()
 		return nil, errors.Join(fmt.Errorf("netplane: %w", err), p.services.Close())
 	}
 	p.health = healthcheck.New(healthcheck.Config{Listen: p.listen, Log: cfg.Log})
@@ -189,7 +184,6 @@ func New(cfg Config) (*Plane, error) {
 // Close lets go of the kernel's interfaces, and load balancers are no longer answered;
 // everything made stays.
 func (p *Plane) Close() error {
-	p.flows.Close()
 	return errors.Join(p.health.Close(), p.services.Close(), p.policies.close())
 }
 
@@ -415,7 +409,7 @@ func (p *Plane) Attach(ctx context.Context, pod *corev1.Pod, netns string) ([]ne
 // kernel forgets its connections before others can have its addresses.
 func (p *Plane) Detach(ctx context.Context, pod types.UID, netns string) error {
 	if _, addrs, err := p.networks.Find(pod); err == nil { // or else it was never attached, or is not any more
-		if _, err := p.flows.Forget(addrs...); err != nil {
+		if _, err := flows.Forget(p.cfg.NetNS, addrs...); err != nil {
 			p.log.Warn("the next pod with these addresses may get what is left for this one", "pod", pod, "addresses", addrs, "err", err)
 		}
 	}

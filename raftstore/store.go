@@ -236,7 +236,7 @@ func (s *Store) startRaft() error {
 	var err error
 	var running atomic.Pointer[raft.Raft]
 	s.overlap = newOverlapLog(s.storage.Log, func() bool { return leadsOthers(running.Load()) })
-	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.overlap, s.storage.Stable, onlyNewer{s.storage.Snapshots}, overlapping(s.cfg.Transport, s.overlap)); err != nil {
+	if s.raft, err = raft.NewRaft(cfg, s.fsm, s.overlap, s.storage.Stable, onlyNewer{s.storage.Snapshots}, overlapping(onlyTrueVotes(s.cfg.Transport), s.overlap)); err != nil {
 		return fmt.Errorf("start raft: %w", err)
 	}
 	running.Store(s.raft)

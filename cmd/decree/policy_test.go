@@ -61,6 +61,8 @@ func TestNetworkPolicy(t *testing.T) {
 	contains(t, l.ok(t, "decree describe netpol vault"), "app=vault", "nobody")
 	contains(t, l.ok(t, "curl -s http://"+ip+":8080/index.html"), "secret") // as the node's own probes do
 
+	contains(t, l.ok(t, "decree netcheck"), "NODE TO POD ON", "1 node, 4 checks: all well") // by a pod that is not isolated
+
 	l.push(t, "allowed.cue", allowedPolicy)
 	l.until(t, ask("client"), "secret")
 	l.refused(t, ask("other"))

@@ -38,6 +38,8 @@ var walls = []struct{ from, to string }{
 	{"schemas", "reconciler"},
 	{"schemas", "netplane"},
 	{"raftstore", "cmd"},
+	{"raftstore/membership", "raftstore/raftsim"},
+	{"cmd", "raftstore/raftsim"},
 	{"reconciler", "cmd"},
 	{"netplane", "cmd"},
 	{"schemas", "cmd"},

@@ -106,7 +106,7 @@ func (a *adviser) check(c Check) {
 		if a.cutEither(c.From, c.To) {
 			return
 		}
-		a.say("the pods of %s are not reached from %s while the nodes may reach each other: is UDP port 4789 (VXLAN) open between them? on %s: ip route get %s",
+		a.say("the pods of %s are not reached from %s while the nodes may reach each other: is UDP port 4789 (VXLAN), or 51820 (WireGuard), open between them? on %s: ip route get %s",
 			c.To, c.From, c.From, c.Address)
 	case c.Kind == PodToService:
 		name, _, _ := strings.Cut(c.To, ":")

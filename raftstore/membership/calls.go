@@ -94,6 +94,9 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 			}
 		}
 		m, gone, err := admission(view, who)
+		if IsRemoved(err) && who.ID == k.Self().ID && k.isMember(who.ID) {
+			return nil // it leads, so it has to complete its own removal
+		}
 		if err != nil {
 			return err
 		}
@@ -113,7 +116,7 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 	m := raftstore.Member{ID: who.ID, Address: who.Address}
 	for _, have := range k.Store.Members() {
 		if have.ID == who.ID {
-			m.Voter = have.Voter && !who.NonVoter
+			m.Voter = have.Voter // Plan gives it or takes it
 		}
 	}
 	return k.Store.SetMember(ctx, m)
@@ -263,7 +266,7 @@ func (k *Keeper) removeHere(ctx context.Context, id, why string) error {
 	alive := map[string]bool{}
 	k.mu.Lock()
 	for id, c := range k.seen {
-		alive[id] = time.Since(c.last) <= Alive
+		alive[id] = c.err == nil && time.Since(c.last) <= Alive
 	}
 	k.mu.Unlock()
 	voters, healthy := 0, 0

@@ -12,7 +12,6 @@ import (
 
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
-	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -33,11 +32,16 @@ type Status struct {
 	Trouble string `json:"trouble,omitempty"`
 }
 
+// Caller calls the handlers of other servers, as [peer.Client] does.
+type Caller interface {
+	Call(ctx context.Context, address, name string, in, out any) error
+}
+
 // Keeper is one server's part in looking after all of them. Store, Peers, Self and
 // Log are required.
 type Keeper struct {
 	Store *raftstore.Store
-	Peers *peer.Client
+	Peers Caller
 	// Self returns what this server says of itself now.
 	Self func() Self
 	// Trouble says what is wrong with this server; nil: nothing ever is.
@@ -52,7 +56,8 @@ type Keeper struct {
 
 // contact is what was seen of a server.
 type contact struct {
-	last, healthy time.Time
+	first         time.Time // when it was first among the members
+	last, healthy time.Time // when it last answered, and since when it always has
 	status        Status
 	behind        uint64 // log entries, when it answered
 	err           error
@@ -80,12 +85,11 @@ func (k *Keeper) Lead(ctx context.Context) error {
 	k.mu.Lock()
 	k.seen = map[string]*contact{}
 	k.mu.Unlock()
-	begun := time.Now()
 	tick := time.NewTicker(look)
 	defer tick.Stop()
 	for {
 		k.observe(ctx)
-		if err := k.act(ctx, begun); err != nil && ctx.Err() == nil {
+		if err := k.act(ctx); err != nil && ctx.Err() == nil {
 			k.Log.Warn("looking after the servers", "error", err)
 		}
 		select {
@@ -98,7 +102,7 @@ func (k *Keeper) Lead(ctx context.Context) error {
 
 // observe asks every server how it does.
 func (k *Keeper) observe(ctx context.Context) {
-	commit := k.Store.Progress().Commit // before they answer: who is up to date is not behind
+	begun, commit := time.Now(), k.Store.Progress().Commit // before they answer: who is up to date is not behind
 	answers := k.ask(ctx)
 	now := time.Now()
 	k.mu.Lock()
@@ -106,7 +110,7 @@ func (k *Keeper) observe(ctx context.Context) {
 	for id, a := range answers {
 		c := k.seen[id]
 		if c == nil {
-			c = &contact{}
+			c = &contact{first: begun}
 			k.seen[id] = c
 		}
 		if c.err = a.err; a.err != nil {
@@ -157,11 +161,31 @@ func (k *Keeper) ask(ctx context.Context) map[string]answer {
 	return answers
 }
 
-// act takes the step that the plan asks for, and removes what is left of servers that
-// are gone.
-func (k *Keeper) act(ctx context.Context, begun time.Time) error {
+// changed returns what members say of themselves, where the state has something else: what
+// a server announced may have been overtaken by what it had announced before.
+func (k *Keeper) changed() (list []Self) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	view := k.Store.View()
+	for _, m := range k.Store.Members() {
+		if c := k.seen[m.ID]; c != nil && c.err == nil && c.status.ID == m.ID {
+			if next, _, err := admission(view, c.status.Self); err == nil && next != nil {
+				list = append(list, c.status.Self)
+			}
+		}
+	}
+	return list
+}
+
+// act takes the step that the plan asks for, and takes down what servers say.
+func (k *Keeper) act(ctx context.Context) error {
+	for _, who := range k.changed() {
+		if err := k.AdmitHere(ctx, who); err != nil {
+			return err
+		}
+	}
 	now := time.Now()
-	action, ok := Plan(now, k.Policy, k.observations(begun))
+	action, ok := Plan(now, k.Policy, k.observations(now))
 	if !ok {
 		return nil
 	}
@@ -171,7 +195,7 @@ func (k *Keeper) act(ctx context.Context, begun time.Time) error {
 	}
 	for _, m := range k.Store.Members() {
 		if m.ID == action.ID {
-			m.Voter = true
+			m.Voter = action.Verb == Promote
 			return k.Store.SetMember(ctx, m)
 		}
 	}
@@ -179,22 +203,21 @@ func (k *Keeper) act(ctx context.Context, begun time.Time) error {
 }
 
 // observations puts together what is known. Nobody is held to have been silent before
-// this server began to look.
-func (k *Keeper) observations(begun time.Time) []Observation {
+// this server began to look, by its own clock: that of the state may be another one's.
+func (k *Keeper) observations(now time.Time) []Observation {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	view := k.Store.View()
 	var list []Observation
 	for _, m := range k.Store.Members() {
-		o := Observation{ID: m.ID, Voter: m.Voter, WantsVote: true, Leader: m.Leader, Joined: begun}
+		o := Observation{ID: m.ID, Voter: m.Voter, WantsVote: true, Leader: m.Leader, Joined: now}
 		if s, ok := api.Get[*api.Server](view, "", m.ID); ok {
-			o.Node, o.WantsVote = s.Spec.Node, !s.Spec.NonVoter
-			if s.CreationTimestamp.After(begun) {
-				o.Joined = s.CreationTimestamp.Time
-			}
+			o.Node, o.WantsVote, o.Removed = s.Spec.Node, !s.Spec.NonVoter, s.Status.Removed != nil
+		} else {
+			o.Removed = !m.Leader // who joins is in the state first, so this one was let in again before it was out
 		}
 		if c := k.seen[m.ID]; c != nil {
-			o.Contact, o.Healthy, o.Behind = c.last, c.healthy, c.behind
+			o.Joined, o.Contact, o.Healthy, o.Behind = c.first, c.last, c.healthy, c.behind
 		}
 		list = append(list, o)
 	}

@@ -19,8 +19,11 @@ type Observation struct {
 	// WantsVote is false for servers that only follow.
 	WantsVote bool
 	Leader    bool
-	// Joined is when the server was added, Contact when it last answered, and Healthy
-	// since when it has answered without a break; zero for never.
+	// Removed says that it was decided to remove the server; whoever decided that did not
+	// come to the end of it.
+	Removed bool
+	// Joined is when the leader first saw the server among the members, Contact when it
+	// last answered, and Healthy since when it has answered without a break; zero for never.
 	Joined, Contact, Healthy time.Time
 	// Behind is how many log entries it has yet to apply.
 	Behind uint64
@@ -49,6 +52,7 @@ type Verb string
 // The verbs.
 const (
 	Promote Verb = "promote"
+	Demote  Verb = "demote"
 	Remove  Verb = "remove"
 )
 
@@ -62,16 +66,17 @@ type Action struct {
 // Plan returns the next step, if there is one. One at a time: the next look sees its
 // effect.
 //
-// A dead server is removed only if those that answer are a majority of the voters now,
-// so that the change can be decided, and a majority afterwards, so that the cluster
-// goes on. It is a pure function.
+// A vote is given or taken only if those that answered when they were last asked are a
+// majority of the voters now, so that the change can be decided, and a majority
+// afterwards, so that the cluster goes on. It is a pure function.
 func Plan(now time.Time, p Policy, servers []Observation) (Action, bool) {
 	alive := func(o Observation) bool { return o.Leader || now.Sub(o.Contact) <= Alive }
+	answers := func(o Observation) bool { return o.Leader || alive(o) && !o.Healthy.IsZero() }
 	voters, healthy := 0, 0
 	for _, o := range servers {
 		if o.Voter {
 			voters++
-			if alive(o) {
+			if answers(o) {
 				healthy++
 			}
 		}
@@ -79,28 +84,42 @@ func Plan(now time.Time, p Policy, servers []Observation) (Action, bool) {
 	if healthy <= voters/2 {
 		return Action{}, false // no change would be decided
 	}
+	// without reports whether those that answer are a majority without the vote of one.
+	without := func(o Observation) bool {
+		left := healthy
+		if answers(o) {
+			left--
+		}
+		return !o.Voter || left > (voters-1)/2
+	}
 	for _, o := range servers {
-		if o.Leader || alive(o) || p.Grace == 0 {
+		if o.Removed && without(o) {
+			return Action{Remove, o.ID, "its removal was not completed"}, true
+		}
+	}
+	for _, o := range servers {
+		if alive(o) || p.Grace == 0 || !without(o) {
 			continue
 		}
 		last := o.Contact
 		if o.Joined.After(last) {
 			last = o.Joined
 		}
-		if now.Sub(last) < p.Grace {
-			continue
+		if now.Sub(last) >= p.Grace {
+			return Action{Remove, o.ID, fmt.Sprintf("it has not answered for %s", now.Sub(last).Round(time.Second))}, true
 		}
-		if o.Voter && healthy <= (voters-1)/2 {
-			continue
-		}
-		return Action{Remove, o.ID, fmt.Sprintf("it has not answered for %s", now.Sub(last).Round(time.Second))}, true
 	}
 	for _, o := range servers {
-		if o.Voter || !o.WantsVote || !alive(o) || o.Healthy.IsZero() {
+		if o.Voter || !o.WantsVote || !answers(o) {
 			continue
 		}
 		if o.Behind <= p.Lag && now.Sub(o.Healthy) >= p.Stable {
 			return Action{Promote, o.ID, "it has caught up"}, true
+		}
+	}
+	for _, o := range servers {
+		if o.Voter && !o.WantsVote && without(o) {
+			return Action{Demote, o.ID, "it wants no vote"}, true
 		}
 	}
 	return Action{}, false

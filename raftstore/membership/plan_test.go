@@ -18,6 +18,9 @@ func TestPlan(t *testing.T) {
 	learner := func(id string, healthy time.Duration, behind uint64) Observation {
 		return Observation{ID: id, WantsVote: true, Joined: ago(time.Hour), Contact: now, Healthy: ago(healthy), Behind: behind}
 	}
+	follower := func(id string) Observation { o := voter(id, 0); o.WantsVote = false; return o }
+	silent := func(id string) Observation { o := voter(id, 0); o.Healthy = time.Time{}; return o } // since the last look
+	removed := func(id string) Observation { o := voter(id, 0); o.Removed = true; return o }
 	for name, c := range map[string]struct {
 		servers []Observation
 		want    string
@@ -33,7 +36,14 @@ func TestPlan(t *testing.T) {
 		"one has just come":                    {[]Observation{leader, learner("b", 100*time.Millisecond, 0)}, ""},
 		"a dead learner":                       {[]Observation{leader, {ID: "b", WantsVote: true, Joined: ago(time.Hour), Contact: ago(2 * time.Minute)}}, "remove b"},
 		"one that wants no vote":               {[]Observation{leader, {ID: "b", Contact: now, Healthy: ago(time.Hour), Joined: ago(time.Hour)}}, ""},
-		"one that never answered and is young": {[]Observation{leader, {ID: "b", Voter: true, Joined: ago(time.Second)}, voter("c", 0)}, ""},
+		"one that never answered and is young": {[]Observation{leader, {ID: "b", Voter: true, WantsVote: true, Joined: ago(time.Second)}, voter("c", 0)}, ""},
+		"a voter that wants no vote":           {[]Observation{leader, voter("b", 0), follower("c")}, "demote c"},
+		"of two one wants no vote":             {[]Observation{leader, follower("b")}, "demote b"},
+		"another one does not answer":          {[]Observation{leader, silent("b"), follower("c")}, ""},
+		"all want no vote":                     {[]Observation{{ID: "a", Voter: true, Leader: true, Contact: now}}, ""},
+		"a removal was not completed":          {[]Observation{leader, voter("b", 0), removed("c")}, "remove c"},
+		"it would leave no majority":           {[]Observation{leader, silent("b"), removed("c")}, ""},
+		"the leader was removed":               {[]Observation{removed("a"), voter("b", 0), voter("c", 0)}, "remove a"},
 	} {
 		got := ""
 		if a, ok := Plan(now, policy, c.servers); ok {
@@ -61,6 +71,7 @@ func TestPlanKeepsTheMajority(t *testing.T) {
 				Contact: now.Add(-time.Duration(rapid.IntRange(0, 300).Draw(t, "contact")) * time.Second),
 				Healthy: now.Add(-time.Duration(rapid.IntRange(0, 300).Draw(t, "healthy")) * time.Second),
 				Behind:  uint64(rapid.IntRange(0, 2000).Draw(t, "behind")),
+				Removed: rapid.IntRange(0, 9).Draw(t, "removed") == 0,
 			})
 		}
 		a, ok := Plan(now, Policy{Stable: time.Second, Lag: 1000, Grace: time.Minute}, servers)
@@ -69,9 +80,12 @@ func TestPlanKeepsTheMajority(t *testing.T) {
 		}
 		voters, alive := 0, 0
 		for _, o := range servers {
-			votes := o.Voter || a.Verb == Promote && o.ID == a.ID
+			votes := o.Voter
+			if a.ID == o.ID && a.Verb != Remove {
+				votes = a.Verb == Promote
+			}
 			if a.Verb == Remove && o.ID == a.ID {
-				if o.Leader || now.Sub(o.Contact) < time.Minute {
+				if !o.Removed && (o.Leader || now.Sub(o.Contact) < time.Minute) {
 					t.Fatalf("a server that is not dead is removed: %+v", o)
 				}
 				continue

@@ -22,6 +22,9 @@ func (c *cluster) settle() bool {
 	ctx, cancel := context.WithTimeout(c.ctx, settleTime)
 	defer cancel()
 	c.pause(ctx, time.Second) // what clients who are gone have sent may still arrive
+	if !c.checkMembers(ctx) || !c.bury(ctx) {
+		return false
+	}
 	// Every member can write, and so sees what all wrote. What it writes is large: that
 	// can be when the cluster knows of every member that it is upgraded.
 	ok := c.eachMember(ctx, "has not recovered", func(ctx context.Context, s *server, r *run) error {
@@ -60,8 +63,13 @@ func (c *cluster) eachMember(ctx context.Context, complaint string, do func(cont
 		if !c.isMember(ctx, s) {
 			continue
 		}
+		r := s.current()
+		if r == nil {
+			c.fail("%s is a member, and has ended", s.id)
+			return false
+		}
 		turn, cancel := context.WithTimeout(ctx, settleTime/2)
-		err := do(turn, s, s.current())
+		err := do(turn, s, r)
 		cancel()
 		if err != nil && c.isMember(ctx, s) {
 			c.fail("%s %s: %v", s.id, complaint, err)
@@ -75,7 +83,7 @@ func (c *cluster) eachMember(ctx context.Context, complaint string, do func(cont
 func (c *cluster) isMember(ctx context.Context, s *server) bool {
 	for {
 		if lead, members := c.members(); lead != nil {
-			_, ok := members[s.id]
+			_, ok := members[s.member()]
 			return ok
 		}
 		if ctx.Err() != nil {

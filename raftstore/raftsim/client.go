@@ -292,6 +292,10 @@ func object(name, value string) *corev1.ConfigMap {
 
 // prepare waits for the cluster and makes the objects.
 func (c *cluster) prepare() bool {
+	if err := c.servers[0].start(); err != nil {
+		c.fail("%v", err)
+		return false
+	}
 	r := c.servers[0].current()
 	ctx, cancel := context.WithTimeout(c.ctx, time.Minute)
 	defer cancel()

@@ -11,8 +11,11 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/hashicorp/raft"
+
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/membership"
 	"decree.dev/decree/raftstore/state"
 )
 
@@ -27,12 +30,14 @@ type cluster struct {
 
 	snapshotThreshold, trailingLogs uint64
 	historyEvents                   int
+	policy                          membership.Policy
 
-	recorder *recorder
-	history  *history
-	watchers []*watcher
-	nemesis  *nemesis
-	final    final
+	recorder  *recorder
+	autopilot *autopilot
+	history   *history
+	watchers  []*watcher
+	nemesis   *nemesis
+	final     final
 
 	ctx  context.Context
 	end  context.CancelFunc
@@ -50,13 +55,14 @@ func newCluster(o Options) *cluster {
 	c.ctx, c.end = context.WithCancel(context.Background())
 	// With fewer entries left than are under way at a time, hashicorp/raft 1.7.3 sends
 	// snapshots for ever to a follower that has just made one.
-	c.snapshotThreshold, c.trailingLogs = uint64(10+rnd.IntN(50)), uint64(20+rnd.IntN(20))
+	c.snapshotThreshold, c.trailingLogs = uint64(10+rnd.IntN(50)), uint64(150+rnd.IntN(100))
 	c.historyEvents = 40 + rnd.IntN(200)
-	c.recorder, c.history = newRecorder(c), &history{}
+	c.policy = membership.Policy{Stable: 200 * time.Millisecond, Lag: 20, Grace: between(rnd, membership.Alive, membership.Alive+2*time.Second)}
+	c.recorder, c.autopilot, c.history = newRecorder(c), newAutopilot(c), &history{}
 	c.nemesis = newNemesis(c)
 	for i := range c.size + 1 {
 		id := fmt.Sprint("s", i)
-		s := &server{cluster: c, id: id, first: i == 0, disk: newDisk(id, stream(o.Seed, "disk "+id), c.trace)}
+		s := &server{cluster: c, id: id, first: i == 0, disk: c.newDisk(id, id)}
 		s.disk.lies = o.LyingDisks
 		s.format.Store(command.Newest)
 		if o.Upgrade {
@@ -65,6 +71,13 @@ func newCluster(o Options) *cluster {
 		c.servers = append(c.servers, s)
 	}
 	return c
+}
+
+// newDisk makes an empty disk for a member on a server.
+func (c *cluster) newDisk(server, member string) *disk {
+	d := newDisk(server, stream(c.options.Seed, "disk "+member), c.trace)
+	d.configured = func(at logPlace, before, after raft.Configuration) { c.autopilot.configure(server, at, before, after) }
+	return d
 }
 
 // fail notes that a check did not hold.
@@ -78,10 +91,10 @@ func (c *cluster) fail(format string, args ...any) {
 	}
 }
 
-// logger puts what a store says into the trace, when somebody reads that.
+// logger puts what a server says into the trace, when somebody reads that.
 func (c *cluster) logger(id string) *slog.Logger {
 	if c.options.Trace == nil {
-		return nil
+		return slog.New(slog.DiscardHandler)
 	}
 	return slog.New(slog.NewTextHandler(logLines{c.options.Trace}, &slog.HandlerOptions{Level: slog.LevelDebug})).With("server", id)
 }
@@ -97,12 +110,6 @@ func (l logLines) Write(b []byte) (int, error) {
 
 // run is a whole run: work under faults, then peace, then the checks.
 func (c *cluster) run() {
-	for _, s := range c.servers {
-		if err := s.start(); err != nil {
-			c.fail("%v", err)
-			return
-		}
-	}
 	if !c.prepare() {
 		return
 	}
@@ -197,7 +204,7 @@ func expected(err error) bool {
 			return true
 		}
 	}
-	return false
+	return membership.IsRemoved(err)
 }
 
 // members are the servers of the configuration that the leader knows, by id; nil while

@@ -48,6 +48,9 @@ type disk struct {
 	slow    time.Duration // the longest latency, when it is slow
 	snaps   int
 	changed chan struct{}
+	// configured, when not nil, is told of every configuration that is written, and of the
+	// one before it.
+	configured func(at logPlace, before, after raft.Configuration)
 }
 
 func newDisk(name string, rnd *rand.Rand, t *trace) *disk {
@@ -71,7 +74,7 @@ func (d *disk) crash() *disk {
 	d.durable = left.clone()
 	return &disk{
 		name: d.name, trace: d.trace, rnd: d.rnd, seen: left.clone(), durable: left, lies: d.lies, full: d.full, slow: d.slow,
-		snaps: d.snaps, changed: make(chan struct{}),
+		snaps: d.snaps, changed: make(chan struct{}), configured: d.configured,
 	}
 }
 
@@ -199,12 +202,38 @@ func (d logStore) StoreLogs(logs []*raft.Log) error {
 	copies := make([]raft.Log, len(logs))
 	for i, l := range logs {
 		copies[i] = *l
+		if l.Type == raft.LogConfiguration {
+			d.configure(l)
+		}
 	}
 	return d.write(fmt.Sprintf("log %d+%d", logs[0].Index, len(logs)), true, func(i *image) {
 		for k := range copies {
 			i.logs[copies[k].Index] = &copies[k]
 		}
 	})
+}
+
+// configure tells of a configuration that is about to be written.
+func (d logStore) configure(l *raft.Log) {
+	d.mu.Lock()
+	var newest uint64
+	var before raft.Configuration
+	if len(d.seen.snaps) > 0 {
+		newest, before = d.seen.snaps[0].meta.Index, d.seen.snaps[0].meta.Configuration
+	}
+	for i, other := range d.seen.logs {
+		if other.Type == raft.LogConfiguration && i < l.Index && i > newest {
+			newest, before = i, raft.DecodeConfiguration(other.Data)
+		}
+	}
+	tell := d.configured
+	if d.dead {
+		tell = nil
+	}
+	d.mu.Unlock()
+	if tell != nil {
+		tell(logPlace{l.Index, l.Term}, before, raft.DecodeConfiguration(l.Data))
+	}
 }
 
 // DeleteRange implements raft.LogStore.

@@ -2,13 +2,12 @@ package raftsim
 
 import (
 	"context"
-	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
-	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
 )
 
@@ -20,6 +19,7 @@ type nemesis struct {
 	mu      sync.Mutex
 	counts  map[string]int
 	calls   sync.WaitGroup // of membership and the like, which take their time
+	changes atomic.Int64   // of the membership, that are under way
 }
 
 // fault is one kind of trouble.
@@ -34,7 +34,7 @@ func newNemesis(c *cluster) *nemesis {
 		{"partition", n.partition}, {"one-way cut", n.oneWay}, {"isolated leader", n.isolateLeader}, {"mend", n.mend}, {"storm", n.storm},
 		{"crash", n.crash}, {"leader crash", n.crashLeader}, {"crash of all", n.crashAll}, {"restart", n.restart},
 		{"slow disk", n.slowDisk}, {"full disk", n.fullDisk}, {"clock step", n.clockStep},
-		{"snapshot", n.snapshot}, {"transfer", n.transfer}, {"join", n.join}, {"remove", n.remove},
+		{"snapshot", n.snapshot}, {"transfer", n.transfer}, {"join", n.join}, {"remove", n.remove}, {"long crash", n.longCrash}, {"lost disk", n.loseDisk},
 	}
 	// Each seed has a taste: what happens together matters more than that all happens.
 	for _, f := range all {
@@ -75,9 +75,12 @@ func (n *nemesis) heal() {
 	n.calls.Wait()
 	c := n.cluster
 	c.net.heal(true)
+	c.autopilot.calm()
 	for _, s := range c.servers {
 		s.setDisk(false, 0)
-		if s.format.Swap(command.Newest) != command.Newest {
+		s.format.Store(command.Newest)
+		// A disk that was full may have left hashicorp/raft with a wrong idea of its log.
+		if r := s.current(); r != nil && (r.format != command.Newest || s.wasFull.Load()) {
 			s.restart()
 		}
 		if err := s.start(); err != nil {
@@ -144,8 +147,12 @@ func (n *nemesis) storm(context.Context) {
 }
 
 func (n *nemesis) down(ctx context.Context, s *server, stop func()) {
+	n.downFor(ctx, 2*time.Second, s, stop)
+}
+
+func (n *nemesis) downFor(ctx context.Context, high time.Duration, s *server, stop func()) {
 	stop()
-	n.later(ctx, 2*time.Second, func() {
+	n.later(ctx, high, func() {
 		if err := s.start(); err != nil {
 			n.cluster.fail("%v", err)
 		}
@@ -168,14 +175,37 @@ func (n *nemesis) crashAll(ctx context.Context) {
 	}
 }
 
+// longCrash keeps a server down for so long that it may be removed.
+func (n *nemesis) longCrash(ctx context.Context) {
+	s := n.server()
+	n.downFor(ctx, 8*time.Second, s, s.crash)
+}
+
+// loseDisk has a server crash and come back with an empty disk, if all are well: of what
+// was acknowledged, one copy is lost. The version that is then installed may be too old.
+func (n *nemesis) loseDisk(ctx context.Context) {
+	s := n.server()
+	if voters, well := n.cluster.voters(); !well || voters < 3 || n.changes.Load() > 0 {
+		return
+	}
+	older := n.cluster.options.Upgrade && chance(n.rnd, 0.5)
+	n.down(ctx, s, func() {
+		s.crash()
+		if s.reinstall() && older {
+			s.format.Store(command.Newest - 1)
+		}
+	})
+}
+
 func (n *nemesis) restart(context.Context) {
 	n.calls.Go(n.server().restart)
 }
 
-// upgrade restarts a server as the next version, if there is one left to upgrade.
+// upgrade restarts a server as the next version, if there is one left to upgrade. One
+// that waits to join is forgotten.
 func (n *nemesis) upgrade(context.Context) {
 	for _, s := range n.cluster.servers {
-		if s.format.Swap(command.Newest) != command.Newest {
+		if s.hasRun() && s.format.Swap(command.Newest) != command.Newest {
 			n.calls.Go(s.restart)
 			return
 		}
@@ -190,6 +220,7 @@ func (n *nemesis) slowDisk(ctx context.Context) {
 
 func (n *nemesis) fullDisk(ctx context.Context) {
 	s := n.server()
+	s.wasFull.Store(true)
 	s.setDisk(true, 0)
 	n.later(ctx, 2*time.Second, func() { s.setDisk(false, 0) })
 }
@@ -210,45 +241,49 @@ func (n *nemesis) snapshot(context.Context) {
 func (n *nemesis) transfer(ctx context.Context) {
 	to := ""
 	if chance(n.rnd, 0.5) {
-		to = n.server().id
+		to = n.server().member()
 	}
-	n.onLeader(ctx, "transfer to "+to, func(ctx context.Context, s *raftstore.Store) error { return s.TransferLeadership(ctx, to) })
+	n.onLeader(ctx, "transfer to "+to, func(ctx context.Context, lead *run) error { return lead.keeper.Transfer(ctx, to) })
 }
 
-// join adds a server, or gives a vote to one that has none. It is of the newest version
-// around: an older one may not be able to read what the log holds.
+// join has a server announce itself, and so join the cluster if it is no member: with a
+// vote that it wants, or without.
 func (n *nemesis) join(ctx context.Context) {
 	s := n.server()
-	for _, other := range n.cluster.servers {
-		if newest := other.format.Load(); s.format.Swap(max(newest, s.format.Load())) < newest {
-			n.calls.Go(s.restart)
-		}
+	if _, well := n.cluster.voters(); well {
+		s.nonVoter.Store(chance(n.rnd, 0.3))
 	}
-	voter := chance(n.rnd, 0.7)
-	n.onLeader(ctx, fmt.Sprint("join ", s.id, " ", voter), func(ctx context.Context, lead *raftstore.Store) error {
-		return s.admit(ctx, lead, voter)
-	})
+	n.calls.Go(func() { s.enter(ctx) })
 }
 
 // remove takes a server out, as long as three stay.
 func (n *nemesis) remove(ctx context.Context) {
 	s := n.server()
-	if _, members := n.cluster.members(); len(members) <= 3 {
+	_, members := n.cluster.members()
+	if _, well := n.cluster.voters(); !well || len(members) <= 3 {
 		return
 	}
-	n.onLeader(ctx, "remove "+s.id, func(ctx context.Context, lead *raftstore.Store) error { return lead.RemoveMember(ctx, s.id) })
+	id := s.member()
+	n.cluster.autopilot.excuse(id)
+	n.onLeader(ctx, "remove "+id, func(ctx context.Context, lead *run) error { return lead.keeper.Remove(ctx, id, "a fault") })
+	if lead := n.leader().current(); lead != nil && chance(n.rnd, 0.3) {
+		n.cluster.autopilot.halfway(id, func() { lead.server.crashRun(lead) })
+		n.down(ctx, lead.server, func() {})
+	}
 }
 
 // onLeader asks the leader for something that may take its time.
-func (n *nemesis) onLeader(ctx context.Context, what string, f func(context.Context, *raftstore.Store) error) {
+func (n *nemesis) onLeader(ctx context.Context, what string, f func(context.Context, *run) error) {
 	r := n.leader().current()
 	if r == nil {
 		return
 	}
+	n.changes.Add(1)
 	n.calls.Go(func() {
+		defer n.changes.Add(-1)
 		ctx, cancel := n.cluster.within(ctx, r, 2*time.Second)
 		defer cancel()
-		n.cluster.trace.add("%s %s: %v", r.server.id, what, f(ctx, r.store))
+		n.cluster.trace.add("%s %s: %v", r.server.id, what, f(ctx, r))
 	})
 }
 

@@ -2,8 +2,8 @@
 // network, disks, clients and faults that follow from a seed, and checks everything
 // that was seen. It is for tests: [Run] must be called inside a testing/synctest bubble.
 //
-// It is not a model: the servers are raftstore.Store and hashicorp/raft as they are;
-// only what is around them is imitated. It does no I/O but the small identity file of
+// It is not a model: the servers are raftstore.Store, membership.Keeper and
+// hashicorp/raft as they are; only what is around them is imitated. It does no I/O but the small identity file of
 // every server, in a folder of the caller's. DESIGN.md beside this file tells what is
 // imitated, what is checked, and why a seed gives the same run again.
 package raftsim

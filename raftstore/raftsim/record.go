@@ -118,6 +118,9 @@ func (r *recorder) note(run *run, events []raftstore.Event) {
 			r.cluster.fail("revision %d is %q on %s, and was %q before", e.Revision, c, run.server.id, old)
 		}
 		r.changes[e.Revision] = c
+		if o, ok := e.Object.(*api.Server); ok {
+			r.cluster.autopilot.told(o)
+		}
 	}
 	r.cluster.trace.add("%s at revision %d", run.server.id, events[len(events)-1].Revision)
 }

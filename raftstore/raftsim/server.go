@@ -2,6 +2,7 @@ package raftsim
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -15,15 +16,20 @@ import (
 
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/membership"
+	"decree.dev/decree/raftstore/peer"
+	"decree.dev/decree/raftstore/pki"
 )
 
 // server is one machine: its disk, and the process on it while there is one.
 type server struct {
-	cluster *cluster
-	id      string
-	first   bool         // founds the cluster; the others join
-	format  atomic.Int64 // the newest log format that the version of its next run knows
-	clock   atomic.Int64 // how far its clock is off, in nanoseconds
+	cluster  *cluster
+	id       string       // of the machine, and its address
+	first    bool         // founds the cluster; the others join
+	format   atomic.Int64 // the newest log format that the version of its next run knows
+	nonVoter atomic.Bool  // its next run wants no vote
+	wasFull  atomic.Bool  // its disk has been full
+	clock    atomic.Int64 // how far its clock is off, in nanoseconds
 
 	// mu is never held while fake time passes: in a bubble, waiting for a mutex is not
 	// waiting, and time would stand still.
@@ -32,19 +38,23 @@ type server struct {
 	run      *run // nil while it is down
 	starting bool
 	runs     int
+	installs int    // how often the machine has got an empty disk
 	dir      string // of the newest run
 }
 
 // run is one process, from start to crash.
 type run struct {
-	server *server
-	store  *raftstore.Store
-	format int
-	wire   *wire
-	told   uint64      // up to here the recorder knows; guarded by its mutex
-	dead   atomic.Bool // it crashed: nobody hears of what it still does
-	ctx    context.Context
-	end    context.CancelCauseFunc
+	server   *server
+	id       string // of the member of the cluster
+	store    *raftstore.Store
+	keeper   *membership.Keeper
+	format   int
+	nonVoter bool
+	wire     *wire
+	told     uint64      // up to here the recorder knows; guarded by its mutex
+	dead     atomic.Bool // it crashed: nobody hears of what it still does
+	ctx      context.Context
+	end      context.CancelCauseFunc
 
 	closing atomic.Bool
 	closed  chan struct{}
@@ -69,6 +79,28 @@ func (s *server) current() *run {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.run
+}
+
+// member is the id in the cluster of who is on the machine's disk: a machine that has lost
+// its disk is another member.
+func (s *server) member() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.memberLocked()
+}
+
+func (s *server) memberLocked() string {
+	if s.installs == 0 {
+		return s.id
+	}
+	return fmt.Sprintf("%s-%d", s.id, s.installs)
+}
+
+// hasRun reports whether the server has ever been started.
+func (s *server) hasRun() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.runs > 0
 }
 
 // now is the server's own clock.
@@ -105,10 +137,11 @@ func (s *server) start() error {
 	s.runs++
 	dir, err := s.folder()
 	disk := s.disk
+	r := &run{server: s, id: s.memberLocked(), format: int(s.format.Load()), nonVoter: s.nonVoter.Load(), wire: newWire(s.cluster.net, s), closed: make(chan struct{})}
+	first := s.first && s.installs == 0
 	s.mu.Unlock()
-	r := &run{server: s, format: int(s.format.Load()), wire: newWire(s.cluster.net, s), closed: make(chan struct{})}
 	if err == nil {
-		r.store, err = raftstore.Open(s.config(r, dir, disk))
+		r.store, err = raftstore.Open(s.config(r, dir, disk, first))
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -118,11 +151,13 @@ func (s *server) start() error {
 	}
 	c := s.cluster
 	r.ctx, r.end = context.WithCancelCause(c.ctx)
+	r.keeper = &membership.Keeper{Store: r.store, Peers: &peers{r}, Self: r.self, Policy: c.policy, Log: c.logger(s.id)}
 	s.run, s.dir = r, dir
 	c.net.plug(s.address(), r.wire)
 	c.trace.add("%s started", s.id)
 	c.work.Go(func() { c.recorder.follow(r) })
 	c.work.Go(func() { r.announce() })
+	c.work.Go(func() { r.lead() })
 	return nil
 }
 
@@ -132,26 +167,29 @@ const (
 	partBytes  = 400
 )
 
-func (s *server) config(r *run, dir string, d *disk) raftstore.Config {
+func (s *server) config(r *run, dir string, d *disk, first bool) raftstore.Config {
 	c := s.cluster
 	cfg := raftstore.Config{
-		Dir: dir, NodeID: s.id, Transport: r.wire, Peers: &peers{r}, Storage: d.storage, Logger: c.logger(s.id),
+		Dir: dir, NodeID: r.id, Transport: r.wire, Peers: &peers{r}, Storage: d.storage, Logger: c.logger(s.id),
 		Fatal:             func(err error) { c.fail("%s stopped for good: %v", s.id, err) },
 		SnapshotThreshold: c.snapshotThreshold, SnapshotInterval: 700 * time.Millisecond, TrailingLogs: c.trailingLogs,
 		HistoryEvents: c.historyEvents, Format: r.format, WholeBytes: wholeBytes, PartBytes: partBytes,
 	}
-	if s.first {
+	if first {
 		cfg.Bootstrap = settings()
 	}
 	return cfg
 }
 
 // crash ends the process at once. What is left of it can do no harm.
-func (s *server) crash() {
+func (s *server) crash() { s.crashRun(nil) }
+
+// crashRun crashes the server if it is at a run, at any if that is nil.
+func (s *server) crashRun(only *run) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	r := s.run
-	if r == nil {
+	if r == nil || only != nil && r != only {
 		return
 	}
 	s.cluster.recorder.drain(r)
@@ -199,6 +237,25 @@ func (s *server) restart() {
 	}
 }
 
+// reinstall gives the server an empty disk. It does nothing, and returns false, unless the
+// server is down.
+func (s *server) reinstall() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.run != nil || s.starting {
+		return false
+	}
+	c := s.cluster
+	c.autopilot.lost(s.memberLocked())
+	s.installs++
+	s.dir = ""
+	lies := s.disk.lies
+	s.disk = c.newDisk(s.id, s.memberLocked())
+	s.disk.lies = lies
+	c.trace.add("%s has an empty disk, and is %s", s.id, s.memberLocked())
+	return true
+}
+
 func settings() *command.Bootstrap {
 	return &command.Bootstrap{
 		ClusterID:   "0123456789abcdef0123456789abcdef",
@@ -209,7 +266,8 @@ func settings() *command.Bootstrap {
 	}
 }
 
-// peers carries what stores ask each other. It implements raftstore.Peers. These calls
+// peers carries what stores and keepers ask each other. It implements raftstore.Peers and
+// membership.Caller. These calls
 // travel in a stream, so none comes twice; but one may come late, when who asked has
 // given up.
 type peers struct{ run *run }
@@ -219,8 +277,8 @@ const breakAfter = 700 * time.Millisecond
 
 // Propose implements raftstore.Peers.
 func (p *peers) Propose(ctx context.Context, to string, txn []byte) (command.Result, error) {
-	return ask(ctx, p.run, to, "propose", func(ctx context.Context, s *raftstore.Store, done func(command.Result, error)) {
-		if err := s.ProposeEncoded(ctx, txn, done); err != nil {
+	return ask(ctx, p.run, to, "propose", func(ctx context.Context, other *run, done func(command.Result, error)) {
+		if err := other.store.ProposeEncoded(ctx, txn, done); err != nil {
 			done(command.Result{}, err)
 		}
 	})
@@ -228,13 +286,39 @@ func (p *peers) Propose(ctx context.Context, to string, txn []byte) (command.Res
 
 // ReadIndex implements raftstore.Peers.
 func (p *peers) ReadIndex(ctx context.Context, to string) (uint64, error) {
-	return ask(ctx, p.run, to, "read index", func(ctx context.Context, s *raftstore.Store, done func(uint64, error)) {
-		done(s.ReadIndex(ctx))
+	return ask(ctx, p.run, to, "read index", func(ctx context.Context, other *run, done func(uint64, error)) {
+		done(other.store.ReadIndex(ctx))
 	})
 }
 
+// Call implements membership.Caller.
+func (p *peers) Call(ctx context.Context, to, name string, in, out any) error {
+	data, err := json.Marshal(in)
+	if err != nil {
+		return err
+	}
+	from := peer.Identity{Name: pki.ServerPrefix + p.run.server.id, Groups: []string{pki.GroupServers}}
+	answer, err := ask(ctx, p.run, to, name, func(ctx context.Context, other *run, done func(string, error)) {
+		answer, err := other.keeper.Handlers()[name](ctx, from, data)
+		if err != nil {
+			done("", err)
+			return
+		}
+		text, err := json.Marshal(answer)
+		done(string(text), err)
+	})
+	if err != nil || out == nil {
+		return err
+	}
+	err = json.Unmarshal([]byte(answer), out)
+	if status, ok := out.(*membership.Status); ok {
+		p.run.server.cluster.autopilot.answered(p.run, status.ID)
+	}
+	return err
+}
+
 // ask sends a question and waits for the answer, which may be lost as any message.
-func ask[T any](ctx context.Context, r *run, to, what string, question func(context.Context, *raftstore.Store, func(T, error))) (T, error) {
+func ask[T any](ctx context.Context, r *run, to, what string, question func(context.Context, *run, func(T, error))) (T, error) {
 	type answer struct {
 		value T
 		err   error
@@ -254,11 +338,16 @@ func ask[T any](ctx context.Context, r *run, to, what string, question func(cont
 		if other == nil || other.wire != w {
 			return
 		}
-		question(other.ctx, other.store, func(v T, err error) {
+		done := func(v T, err error) {
 			if !other.dead.Load() {
 				net.carry(target, from, fmt.Sprintf("%s answer %v %v", what, v, err), false, func(*wire) { answers <- answer{v, overTheWire(err)} })
 			}
-		})
+		}
+		if err := membership.Removed(other.store.View(), r.server.id); err != nil && !r.server.isMember(other) {
+			done(zero, err) // for who was removed nothing is done
+			return
+		}
+		question(other.ctx, other, done)
 	})
 	timer := time.NewTimer(net.patience())
 	defer timer.Stop()
@@ -282,5 +371,12 @@ func overTheWire(err error) error {
 	case errors.Is(err, raftstore.ErrLeadershipLost), errors.Is(err, raftstore.ErrClosed), errors.Is(err, raftstore.ErrFatal):
 		return fmt.Errorf("%w (%v)", raftstore.ErrLeadershipLost, err)
 	}
-	return errors.New(err.Error())
+	remote := &peer.RemoteError{Text: err.Error()}
+	if coded, ok := errors.AsType[interface {
+		error
+		ErrorCode() string
+	}](err); ok {
+		remote.Code = coded.ErrorCode()
+	}
+	return remote
 }
