@@ -263,6 +263,7 @@ func (k *Keeper) find(name string) (string, error) {
 }
 
 func (k *Keeper) removeHere(ctx context.Context, id, why string) error {
+	k.observe(ctx) // who has just begun to lead knows nobody yet
 	alive := map[string]bool{}
 	k.mu.Lock()
 	for id, c := range k.seen {
@@ -286,7 +287,16 @@ func (k *Keeper) removeHere(ctx context.Context, id, why string) error {
 
 // remove takes a server out of the configuration and notes that it is, so that it
 // cannot come back by itself.
+//
+// A leader hands over first, and the next one removes it: others do nothing more for a
+// server once it is noted as removed, so that it could not complete what it began.
 func (k *Keeper) remove(ctx context.Context, id, why string) error {
+	if id == k.Self().ID && slices.ContainsFunc(k.Store.Members(), func(m raftstore.Member) bool { return m.Voter && m.ID != id }) {
+		if err := k.Store.TransferLeadership(ctx, ""); err != nil {
+			return fmt.Errorf("remove server %s, which leads: %w", id, err)
+		}
+		return raftstore.ErrNotLeader
+	}
 	if s, ok := api.Get[*api.Server](k.Store.View(), "", id); ok && s.Status.Removed == nil {
 		next := api.Clone(s)
 		now := metav1.NewTime(time.Now().UTC().Truncate(time.Second))

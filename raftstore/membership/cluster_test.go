@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -405,6 +406,34 @@ func TestRemoved(t *testing.T) {
 	}
 	if err := servers[0].keeper.Remove(deadline(t), "a", "a test"); err == nil {
 		t.Fatal("the last server removed itself")
+	}
+}
+
+// TestLeaderRemovesItself: a leader that is to go hands over first, and the next one
+// removes it: for who is noted as removed others do nothing more.
+func TestLeaderRemovesItself(t *testing.T) {
+	_, servers := three(t)
+	for left := 2; left > 0; left-- {
+		i := slices.IndexFunc(servers, func(s *server) bool { return s.store.Leads() })
+		if i < 0 {
+			t.Fatal("nobody leads")
+		}
+		gone := servers[i]
+		if err := gone.keeper.Remove(deadline(t), gone.id, "a test"); err != nil {
+			t.Fatal(err)
+		}
+		servers = slices.Delete(servers, i, i+1)
+		until(t, "the others are left", servers[0], voters(left))
+		var note *api.Server
+		for note == nil || note.Status.Removed == nil { // a follower hears of it
+			if note, _ = api.Get[*api.Server](servers[0].store.View(), "", gone.id); deadline(t).Err() != nil {
+				t.Fatal("the removal is not noted")
+			}
+		}
+		if gone.store.Leads() {
+			t.Error("a removed server leads")
+		}
+		gone.stop()
 	}
 }
 

@@ -107,6 +107,9 @@ func (k *Keeper) observe(ctx context.Context) {
 	now := time.Now()
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.seen == nil {
+		k.seen = map[string]*contact{}
+	}
 	for id, a := range answers {
 		c := k.seen[id]
 		if c == nil {

@@ -343,7 +343,7 @@ func ask[T any](ctx context.Context, r *run, to, what string, question func(cont
 				net.carry(target, from, fmt.Sprintf("%s answer %v %v", what, v, err), false, func(*wire) { answers <- answer{v, overTheWire(err)} })
 			}
 		}
-		if err := membership.Removed(other.store.View(), r.server.id); err != nil && !r.server.isMember(other) {
+		if err := membership.Removed(other.store.View(), r.server.id); err != nil {
 			done(zero, err) // for who was removed nothing is done
 			return
 		}
