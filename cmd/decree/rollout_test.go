@@ -27,19 +27,22 @@ type load struct {
 // startLoad asks url from inside the world's network, with four clients.
 func startLoad(t *testing.T, l *live, url string) *load {
 	t.Helper()
+	return startLoadBy(t, &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: l.dial}}, url)
+}
+
+// dial opens a connection inside the world's network.
+func (w *world) dial(ctx context.Context, network, address string) (conn net.Conn, err error) {
+	err = netspace.Do(filepath.Join("/run/netns", w.netns), func() (err error) {
+		conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
+		return err
+	})
+	return conn, err
+}
+
+func startLoadBy(t *testing.T, client *http.Client, url string) *load {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	s := &load{stop: cancel}
-	netns := filepath.Join("/run/netns", l.netns)
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, network, address string) (conn net.Conn, err error) {
-			err = netspace.Do(netns, func() (err error) {
-				conn, err = (&net.Dialer{}).DialContext(ctx, network, address)
-				return err
-			})
-			return conn, err
-		},
-	}}
 	for range 4 {
 		s.group.Go(func() {
 			for ctx.Err() == nil {

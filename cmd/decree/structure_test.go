@@ -19,7 +19,7 @@ const module = "decree.dev/decree/"
 var pure = []string{
 	"schemas/api", "schemas/compile/rules", "raftstore/command", "raftstore/state", "raftstore/audit",
 	"reconciler/plan", "reconciler/workload", "reconciler/schedule",
-	"netplane/render", "netplane/diff", "netplane/policy", "netplane/netcheck",
+	"netplane/render", "netplane/diff", "netplane/policy", "netplane/netcheck", "netplane/ingress/route",
 }
 
 // forbidden lists, for pure packages, what they must not import.

@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -461,6 +462,73 @@ func TestNodeSeesWhatItsPodsReferTo(t *testing.T) {
 	}
 	if _, _, err := watchEvents(t, n1, k, client.WatchOptions{After: f.store.View().Revision()}, 1); !errors.Is(err, client.ErrExpired) {
 		t.Errorf("resuming a filtered watch: %v", err)
+	}
+}
+
+func newIngress(name string, secrets ...string) *networkingv1.Ingress {
+	ing := &networkingv1.Ingress{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name}}
+	for _, s := range secrets {
+		ing.Spec.TLS = append(ing.Spec.TLS, networkingv1.IngressTLS{SecretName: s})
+	}
+	return ing
+}
+
+func newCertificate(name string) *corev1.Secret {
+	s := newSecret(name, "")
+	s.Type = corev1.SecretTypeTLS
+	return s
+}
+
+// TestNodeSeesCertificatesOfIngresses: those that Ingresses name, of the right type only,
+// and for as long as they do.
+func TestNodeSeesCertificatesOfIngresses(t *testing.T) {
+	f := newFixture(t)
+	both := newPod("both", "n1")
+	both.Spec.ImagePullSecrets = []corev1.LocalObjectReference{{Name: "both"}}
+	f.create(newCertificate("cert"), newCertificate("stray"), newSecret("opaque", "1"), newCertificate("both"), both, newIngress("web", "cert", "opaque"))
+	n1 := f.as(pki.Node("n1"))
+	set := func(ing *networkingv1.Ingress) {
+		f.apply(api.Mutation{Verb: api.Update, Key: api.KeyOf(ing), Object: ing})
+	}
+	k, _ := api.KindFor(api.Secrets)
+	steps := []struct {
+		want string
+		then func()
+	}{
+		{"ADDED both", nil},
+		{"ADDED cert", nil},
+		{"BOOKMARK", func() { set(newIngress("web", "cert", "opaque", "stray", "both")) }},
+		{"ADDED both", nil}, // in any order with the next one
+		{"ADDED stray", func() { set(newIngress("web", "opaque", "stray")) }},
+		{"DELETED cert", func() {
+			o := newCertificate("opaque")
+			f.apply(api.Mutation{Verb: api.Update, Key: api.KeyOf(o), Object: o})
+		}},
+		{"ADDED opaque", func() { f.apply(api.Mutation{Verb: api.Delete, Key: api.KeyOf(newIngress("web"))}) }},
+		{"DELETED opaque", nil}, // in any order
+		{"DELETED stray", nil},
+	}
+	for e, err := range n1.WatchObjects(timeout(t), k, client.WatchOptions{}) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := strings.TrimSpace(string(e.Type) + " " + e.Object.GetName())
+		if len(steps) > 1 && got == steps[1].want { // what one change shows has no order
+			steps[0].want, steps[1].want = steps[1].want, steps[0].want
+		}
+		if got != steps[0].want {
+			t.Fatalf("event %q, want %q", got, steps[0].want)
+		}
+		if steps[0].then != nil {
+			steps[0].then()
+		}
+		if steps = steps[1:]; len(steps) == 0 {
+			break
+		}
+	}
+	secrets, _, err := client.List[*corev1.Secret](timeout(t), n1, client.ListOptions{})
+	if err != nil || len(secrets) != 1 || secrets[0].Name != "both" {
+		t.Errorf("list: %v %v", secrets, err)
 	}
 }
 

@@ -21,7 +21,8 @@ func TestAuthorize(t *testing.T) {
 	mine.Spec.InitContainers = []corev1.Container{{EnvFrom: []corev1.EnvFromSource{{SecretRef: &corev1.SecretEnvSource{LocalObjectReference: corev1.LocalObjectReference{Name: "from"}}}}}}
 	mine.Spec.Containers[0].Env = []corev1.EnvVar{{ValueFrom: &corev1.EnvVarSource{ConfigMapKeyRef: &corev1.ConfigMapKeySelector{LocalObjectReference: corev1.LocalObjectReference{Name: "env"}}}}}
 	other.Spec.ImagePullSecrets = []corev1.LocalObjectReference{{Name: "theirs"}}
-	view := api.NewSnapshot(1, mine, other)
+	ing := newIngress("web", "cert", "opaque", "absent")
+	view := api.NewSnapshot(1, mine, other, ing, newCertificate("cert"), newCertificate("stray"), newSecret("opaque", "1"))
 
 	admin := apiserver.Identity{Name: "admin", Groups: []string{pki.GroupAdmins}}
 	node := apiserver.Identity{Name: "system:node:n1", Groups: []string{pki.GroupNodes}}
@@ -56,6 +57,14 @@ func TestAuthorize(t *testing.T) {
 		{node, "get", api.Secrets, "default", "theirs", false},
 		{node, "get", api.Secrets, "default", "env", false},
 		{node, "list", api.Secrets, "", "", true},
+		{node, "get", api.Secrets, "default", "cert", true},
+		{node, "get", api.Secrets, "default", "stray", false},
+		{node, "get", api.Secrets, "default", "opaque", false},
+		{node, "get", api.Secrets, "default", "absent", true},
+		{node, "get", api.Secrets, "other", "cert", false},
+		{node, "list", api.Ingresses, "", "", true},
+		{node, "watch", api.IngressClasses, "", "", true},
+		{node, "update", api.Ingresses, "default", "web", false},
 		{node, "list", api.Services, "", "", true},
 		{node, "list", api.EndpointSlices, "", "", true},
 		{node, "list", api.Nodes, "", "", true},

@@ -174,7 +174,7 @@ func (s *Server) pause(ctx context.Context) {
 // watchFilter decides which events a client gets, and as what.
 type watchFilter struct {
 	sel  *selector
-	refs *podReferences
+	refs *watchReferences
 	// peers: pods are shown as others see them, and only changes of that.
 	peers bool
 }
@@ -189,7 +189,7 @@ func newWatchFilter(sel *selector, allowed *scope, peers bool) *watchFilter {
 	case sel.t.kind.Resource == api.Pods:
 		sel.fields = append(sel.fields, requirement{value: sel.t.kind.Fields["spec.nodeName"], want: allowed.node, equal: true})
 	default:
-		f.refs = &podReferences{node: allowed.node, count: map[api.Key]int{}, shown: map[api.Key]uint64{}}
+		f.refs = &watchReferences{node: allowed.node, references: references{}, shown: map[api.Key]uint64{}}
 	}
 	return f
 }
@@ -203,22 +203,23 @@ func (f *watchFilter) store() raftstore.Filter {
 	resource := f.sel.t.kind.Resource
 	return raftstore.Filter{Match: func(o api.Object) bool {
 		r := api.KindOf(o).Resource
-		return r == resource || r == api.Pods
+		return r == resource || refers(r)
 	}}
 }
 
-// begin learns what the pods in view refer to.
+// refers reports whether objects of a resource say what nodes may see.
+func refers(r api.Resource) bool { return r == api.Pods || r == api.Ingresses }
+
+// begin learns what the objects in view refer to.
 func (f *watchFilter) begin(view api.Reader) {
 	if f.refs == nil {
 		return
 	}
-	for p := range api.List[*corev1.Pod](view, "") {
-		f.refs.change(nil, p)
-	}
+	f.refs.references = referencesIn(view, f.refs.node)
 }
 
 func (f *watchFilter) matches(o api.Object) bool {
-	return f.sel.matches(o) && (f.refs == nil || f.refs.count[api.KeyOf(o)] > 0)
+	return f.sel.matches(o) && (f.refs == nil || f.refs.show(o))
 }
 
 // apply turns a change into what the client must be told.
@@ -228,9 +229,9 @@ func (f *watchFilter) apply(store Store, e *raftstore.Event, out *eventWriter) {
 		f.applyPeer(e, out.add)
 	case f.refs == nil:
 		out.addShared(e)
-	case e.Key.Resource == api.Pods:
+	case refers(e.Key.Resource):
 		f.applyReferences(store, e, out.add)
-	case f.refs.count[e.Key] == 0 || e.Revision <= f.refs.shown[e.Key]:
+	case !f.refs.any(e.Key) || e.Revision <= f.refs.shown[e.Key]:
 		// Not referred to, or older than what was shown when the reference came.
 	default:
 		f.applySelected(e, out.add)
@@ -239,8 +240,8 @@ func (f *watchFilter) apply(store Store, e *raftstore.Event, out *eventWriter) {
 
 // applySelected makes up for the selector, which the store was not given.
 func (f *watchFilter) applySelected(e *raftstore.Event, send func(watch.EventType, api.Object)) {
-	after := e.Type != raftstore.Deleted && f.sel.matches(e.Object)
-	before := e.Previous != nil && f.sel.matches(e.Previous)
+	after := e.Type != raftstore.Deleted && f.matches(e.Object)
+	before := e.Previous != nil && f.matches(e.Previous)
 	switch {
 	case before && after:
 		send(watch.Modified, e.Object)
@@ -253,70 +254,38 @@ func (f *watchFilter) applySelected(e *raftstore.Event, send func(watch.EventTyp
 	}
 }
 
-// applyReferences shows objects that a node's pods begin to refer to, and withdraws
-// those that none does any more.
+// applyReferences shows objects that are referred to from now on, and withdraws those that
+// are not any more.
 func (f *watchFilter) applyReferences(store Store, e *raftstore.Event, send func(watch.EventType, api.Object)) {
-	oldPod, _ := e.Previous.(*corev1.Pod)
-	newPod, _ := e.Object.(*corev1.Pod)
+	after := e.Object
 	if e.Type == raftstore.Deleted {
-		newPod = nil
+		after = nil
 	}
-	for key, now := range f.refs.change(oldPod, newPod) {
-		if key.Resource != f.sel.t.kind.Resource {
-			continue
-		}
-		if !now {
-			gone := f.sel.t.kind.New()
-			gone.SetNamespace(key.Namespace)
-			gone.SetName(key.Name)
-			gone.SetResourceVersion(strconv.FormatUint(e.Revision, 10))
-			delete(f.refs.shown, key)
-			send(watch.Deleted, gone)
+	for ref, now := range f.refs.change(f.refs.node, e.Previous, after) {
+		if ref.Resource != f.sel.t.kind.Resource {
 			continue
 		}
 		view := store.View()
-		if o, ok := view.Get(key); ok && f.sel.matches(o) {
-			f.refs.shown[key] = view.Revision()
+		o, ok := view.Get(ref.Key)
+		other := f.refs.references[reference{ref.Key, !ref.certificate}] > 0
+		switch {
+		case now && ok && f.matches(o): // again, if there was another reference
+			f.refs.shown[ref.Key] = view.Revision()
 			send(watch.Added, o)
+		case !now && !(other && (!ok || f.matches(o))):
+			gone := f.sel.t.kind.New()
+			gone.SetNamespace(ref.Namespace)
+			gone.SetName(ref.Name)
+			gone.SetResourceVersion(strconv.FormatUint(e.Revision, 10))
+			delete(f.refs.shown, ref.Key)
+			send(watch.Deleted, gone)
 		}
 	}
 }
 
-// podReferences counts which objects the pods of one node refer to.
-type podReferences struct {
+// watchReferences are those that let one node see what it watches.
+type watchReferences struct {
+	references
 	node  string
-	count map[api.Key]int
 	shown map[api.Key]uint64 // the revision at which an object was shown out of turn
-}
-
-// change replaces a pod and returns the keys that became referred to (true) or
-// are not any more (false).
-func (r *podReferences) change(before, after *corev1.Pod) map[api.Key]bool {
-	changed := map[api.Key]bool{}
-	old, now := r.of(before), r.of(after)
-	for k := range now {
-		if !old[k] {
-			if r.count[k]++; r.count[k] == 1 {
-				changed[k] = true
-			}
-		}
-	}
-	for k := range old {
-		if !now[k] {
-			if r.count[k]--; r.count[k] == 0 {
-				delete(r.count, k)
-				changed[k] = false
-			}
-		}
-	}
-	return changed
-}
-
-func (r *podReferences) of(p *corev1.Pod) map[api.Key]bool {
-	if p == nil || p.Spec.NodeName != r.node {
-		return nil
-	}
-	keys := map[api.Key]bool{}
-	references(p, func(k api.Key) { keys[k] = true })
-	return keys
 }

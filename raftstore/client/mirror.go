@@ -36,13 +36,15 @@ func PeerSelections() []Selection { return []Selection{{Resource: api.Pods, Peer
 func NodeSelections(node string) []Selection {
 	return []Selection{
 		{Resource: api.Pods, FieldSelector: "spec.nodeName=" + node},
-		{Resource: api.ConfigMaps}, // the server shows those that the node's pods refer to
+		{Resource: api.ConfigMaps}, // the server shows those that the node's pods, and Ingresses, refer to
 		{Resource: api.Secrets},
 		{Resource: api.Namespaces},
 		{Resource: api.Nodes},
 		{Resource: api.Services},
 		{Resource: api.EndpointSlices},
 		{Resource: api.NetworkPolicies},
+		{Resource: api.Ingresses},
+		{Resource: api.IngressClasses},
 	}
 }
 

@@ -14,7 +14,7 @@ import (
 // reads it (Server.status.format); until then nobody can write what needs it.
 // Format 2 brought parts of large transactions, and the kinds of the control plane.
 // Format 3 brought node ports and second address families of Services, clusters with
-// ranges of both families, AddressPools and NetworkPolicies: a server of the version before would store
+// ranges of both families, AddressPools, NetworkPolicies and Ingresses: a server of the version before would store
 // such a Service and assign nothing to it.
 const (
 	Oldest = 1 // read as long as a log or a snapshot may hold it
@@ -34,6 +34,8 @@ var since = map[api.Resource]int{
 
 	api.AddressPools:    3,
 	api.NetworkPolicies: 3,
+	api.Ingresses:       3,
+	api.IngressClasses:  3,
 }
 
 // FormatOfKind is the oldest format in which objects of a resource can be written.

@@ -214,7 +214,7 @@ func TestEveryKindHasItsFormat(t *testing.T) {
 	for _, k := range api.Kinds() {
 		byFormat[command.FormatOfKind(k.Resource)] += k.Kind + " "
 	}
-	if byFormat[1] != "Namespace Node Pod Service ConfigMap Secret Event Deployment ReplicaSet EndpointSlice Source Revision " || byFormat[2] != "Server Authority JoinToken Machine " || byFormat[3] != "NetworkPolicy AddressPool " || len(byFormat) != 3 {
+	if byFormat[1] != "Namespace Node Pod Service ConfigMap Secret Event Deployment ReplicaSet EndpointSlice Source Revision " || byFormat[2] != "Server Authority JoinToken Machine " || byFormat[3] != "NetworkPolicy Ingress IngressClass AddressPool " || len(byFormat) != 3 {
 		t.Fatalf("got %v", byFormat)
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/reconciler"
@@ -65,7 +66,7 @@ type run struct {
 	keyed []*controller
 
 	// Each holds a signal when there is something to do for the loop of that name.
-	scheduler, nodes, garbage, balancers wake
+	scheduler, nodes, garbage, balancers, ingresses wake
 }
 
 // wake holds at most one signal.
@@ -83,7 +84,7 @@ func (w wake) signal() {
 // Run works until ctx ends, waits for what it started, and returns the cause. It may
 // be called again after that.
 func (c *Controllers) Run(ctx context.Context) error {
-	r := &run{Controllers: c, keyed: controllers(), scheduler: newWake(), nodes: newWake(), garbage: newWake(), balancers: newWake()}
+	r := &run{Controllers: c, keyed: controllers(), scheduler: newWake(), nodes: newWake(), garbage: newWake(), balancers: newWake(), ingresses: newWake()}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var parts sync.WaitGroup
@@ -100,6 +101,7 @@ func (c *Controllers) Run(ctx context.Context) error {
 	start(r.loop("scheduler", r.scheduler, time.Minute, r.schedule).Run)
 	start(r.loop("garbage", r.garbage, time.Minute, r.collect).Run)
 	start(r.loop("balancers", r.balancers, time.Minute, r.balance).Run)
+	start(r.loop("ingresses", r.ingresses, time.Minute, r.expose).Run)
 	nodes := r.loop("nodes", r.nodes, 5*time.Second, nil) // contacts come without an event
 	nodes.Once = func(ctx context.Context) error { return r.judge(ctx, nodes.WakeAfter) }
 	start(nodes.Run)
@@ -151,6 +153,7 @@ func (r *run) everything(view api.Reader) {
 	r.nodes.signal()
 	r.garbage.signal()
 	r.balancers.signal()
+	r.ingresses.signal()
 }
 
 // route wakes whom a change concerns. Before and after both count: a pod may have
@@ -164,6 +167,9 @@ func (r *run) route(view api.Reader, ch Change) {
 	}
 	if concernsBalancers(ch.Old) || concernsBalancers(ch.New) {
 		r.balancers.signal()
+	}
+	if concernsIngresses(ch.Old) || concernsIngresses(ch.New) {
+		r.ingresses.signal()
 	}
 	for _, o := range []api.Object{ch.Old, ch.New} {
 		if o == nil {
@@ -205,6 +211,15 @@ func concernsBalancers(o api.Object) bool {
 	case *corev1.Service:
 		return o.Spec.Type == corev1.ServiceTypeLoadBalancer
 	case *api.AddressPool, *corev1.Namespace:
+		return true
+	}
+	return false
+}
+
+// concernsIngresses says whether addresses of Ingresses depend on o.
+func concernsIngresses(o api.Object) bool {
+	switch o.(type) {
+	case *networkingv1.Ingress, *networkingv1.IngressClass, *corev1.Node:
 		return true
 	}
 	return false

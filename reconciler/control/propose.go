@@ -81,6 +81,11 @@ func (r *run) balance(ctx context.Context) error {
 	return r.settle(ctx, "balancers", func(view api.Reader) []api.Mutation { return workload.Balancers(time.Now(), view) })
 }
 
+// expose writes down where Ingresses are reached.
+func (r *run) expose(ctx context.Context) error {
+	return r.settle(ctx, "ingresses", workload.Ingresses)
+}
+
 // proposals is how many bindings are on their way at once.
 const proposals = 256
 

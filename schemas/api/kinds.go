@@ -26,6 +26,8 @@ const (
 	ReplicaSets     Resource = "replicasets.apps"
 	EndpointSlices  Resource = "endpointslices.discovery.k8s.io"
 	NetworkPolicies Resource = "networkpolicies.networking.k8s.io"
+	Ingresses       Resource = "ingresses.networking.k8s.io"
+	IngressClasses  Resource = "ingressclasses.networking.k8s.io"
 	Sources         Resource = "sources.decree.dev"
 	Revisions       Resource = "revisions.decree.dev"
 	AddressPools    Resource = "addresspools.decree.dev"
@@ -88,6 +90,8 @@ var kinds = []*Kind{
 	{GroupVersionKind: appsv1.SchemeGroupVersion.WithKind("ReplicaSet"), Plural: "replicasets", ShortNames: []string{"rs"}, Namespaced: true, CUE: "k8s.io/api/apps/v1#ReplicaSet", New: fresh[appsv1.ReplicaSet], Columns: replicaSetColumns},
 	{GroupVersionKind: discoveryv1.SchemeGroupVersion.WithKind("EndpointSlice"), Plural: "endpointslices", Namespaced: true, New: fresh[discoveryv1.EndpointSlice], Columns: endpointSliceColumns},
 	{GroupVersionKind: networkingv1.SchemeGroupVersion.WithKind("NetworkPolicy"), Plural: "networkpolicies", ShortNames: []string{"netpol"}, Namespaced: true, CUE: "k8s.io/api/networking/v1#NetworkPolicy", New: fresh[networkingv1.NetworkPolicy], Columns: networkPolicyColumns},
+	{GroupVersionKind: networkingv1.SchemeGroupVersion.WithKind("Ingress"), Plural: "ingresses", ShortNames: []string{"ing"}, Namespaced: true, CUE: "k8s.io/api/networking/v1#Ingress", New: fresh[networkingv1.Ingress], Columns: ingressColumns},
+	{GroupVersionKind: networkingv1.SchemeGroupVersion.WithKind("IngressClass"), Plural: "ingressclasses", CUE: "k8s.io/api/networking/v1#IngressClass", New: fresh[networkingv1.IngressClass], Columns: ingressClassColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Source"), Plural: "sources", ShortNames: []string{"src"}, CUE: "decree.dev/v1#Source", New: fresh[Source], Columns: sourceColumns},
 	{GroupVersionKind: GroupVersion.WithKind("Revision"), Plural: "revisions", ShortNames: []string{"rev"}, New: fresh[Revision], Columns: revisionColumns, Fields: revisionFields},
 	{GroupVersionKind: GroupVersion.WithKind("Server"), Plural: "servers", New: fresh[Server], Columns: serverColumns},

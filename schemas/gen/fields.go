@@ -36,6 +36,8 @@ var roots = []root{
 	{"appsv1.Deployment", "apps/v1"},
 	{"appsv1.ReplicaSet", "apps/v1"},
 	{"netv1.NetworkPolicy", "networking.k8s.io/v1"},
+	{"netv1.Ingress", "networking.k8s.io/v1"},
+	{"netv1.IngressClass", "networking.k8s.io/v1"},
 	{"decreev1.Source", "decree.dev/v1"},
 	{"decreev1.AddressPool", "decree.dev/v1"},
 }
@@ -81,6 +83,10 @@ corev1.ServiceSpec                ports selector clusterIP clusterIPs type sessi
 appsv1.Deployment                 metadata spec
 appsv1.ReplicaSet                 metadata spec
 netv1.NetworkPolicy               metadata spec
+netv1.Ingress                     metadata spec
+netv1.IngressBackend              service
+netv1.IngressClass                metadata spec
+netv1.IngressClassSpec            controller
 decreev1.Source                   metadata spec
 decreev1.AddressPool              metadata spec
 metav1.ObjectMeta                 name namespace labels annotations
@@ -91,6 +97,7 @@ var clusterOwned = fieldTable(`
 corev1.Pod                        status
 corev1.Namespace                  status
 corev1.Service                    status
+netv1.Ingress                     status
 appsv1.Deployment                 status
 appsv1.ReplicaSet                 status
 decreev1.Source                   status

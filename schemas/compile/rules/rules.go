@@ -51,6 +51,10 @@ func Check(o api.Object) []Problem {
 		j.secret(o)
 	case *networkingv1.NetworkPolicy:
 		j.networkPolicy(&o.Spec)
+	case *networkingv1.Ingress:
+		j.ingress(o)
+	case *networkingv1.IngressClass:
+		j.ingressClass(o)
 	case *api.Source:
 		j.source(&o.Spec)
 	case *api.AddressPool:

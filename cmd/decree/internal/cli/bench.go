@@ -74,6 +74,7 @@ machine in the same hour; where there is a peer it runs interleaved in the same 
 	c.AddCommand(benchStoreCmd(e, &output))
 	c.AddCommand(benchNetplaneCmd(e, &output))
 	c.AddCommand(benchDNSCmd(e, &output))
+	c.AddCommand(benchIngressCmd(e, &output))
 	add("push", "From an accepted push to the first container and to a healthy rollout", 10, true, benchPush)
 	return c
 }

@@ -11,10 +11,12 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 
+	"decree.dev/decree/netplane/ingress/route"
 	"decree.dev/decree/raftstore/client"
 	"decree.dev/decree/schemas/api"
 )
@@ -85,6 +87,7 @@ type relations struct {
 	pods      []*corev1.Pod                // on a node
 	sets      []*appsv1.ReplicaSet         // of a deployment
 	revisions []*api.Revision              // of a source, newest first
+	routes    *route.Table                 // of which an ingress is a part
 	origin    string                       // in Git, of a derived object: through its owners
 }
 
@@ -131,6 +134,8 @@ func related(ctx context.Context, c *client.Client, o api.Object) (r relations, 
 	case *appsv1.Deployment:
 		r.sets, _, err = client.List[*appsv1.ReplicaSet](ctx, c, in)
 		r.sets = slices.DeleteFunc(r.sets, func(rs *appsv1.ReplicaSet) bool { return !metav1.IsControlledBy(rs, o) })
+	case *networkingv1.Ingress:
+		r.routes, err = routes(ctx, c, o.Namespace)
 	case *api.Source:
 		in.FieldSelector = "spec.source=" + o.Name
 		r.revisions, _, err = client.List[*api.Revision](ctx, c, in)

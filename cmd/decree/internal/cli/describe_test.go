@@ -17,6 +17,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/util/intstr"
 
+	"decree.dev/decree/netplane/ingress/route"
 	"decree.dev/decree/schemas/api"
 )
 
@@ -86,6 +87,9 @@ func relationsOf(o api.Object) (r relations) {
 		r.slices = []*discoveryv1.EndpointSlice{slice()}
 	case *appsv1.Deployment:
 		r.sets = []*appsv1.ReplicaSet{{ObjectMeta: about("shop", "web-1"), Status: appsv1.ReplicaSetStatus{Replicas: 1, ReadyReplicas: 1}}}
+	case *networkingv1.Ingress:
+		r.routes = route.Build(route.Objects{Ingresses: []*networkingv1.Ingress{ingress()}, Classes: []*networkingv1.IngressClass{{ObjectMeta: about("", "decree"), Spec: networkingv1.IngressClassSpec{Controller: "example.com/other"}}}}, nil)
+		r.routes.Warnings = []route.Warning{{Namespace: "shop", Name: "web", Message: "there is no service \"web\""}, {Namespace: "shop", Name: "other", Message: "not of this one"}}
 	case *api.Source:
 		for range recent + 2 {
 			r.revisions = append(r.revisions, revision())
@@ -107,7 +111,7 @@ func objects() []api.Object {
 	}}}
 	api.Origin{Source: "shop", Commit: "3f2a1c9000", Pos: api.Position{File: "web.cue", Line: 7}}.Set(deployment)
 	return []api.Object{
-		pod(), deployment, networkPolicy(),
+		pod(), deployment, networkPolicy(), ingress(), &networkingv1.IngressClass{ObjectMeta: about("", "decree"), Spec: networkingv1.IngressClassSpec{Controller: api.IngressController}},
 		&appsv1.ReplicaSet{ObjectMeta: about("shop", "web-1"), Spec: appsv1.ReplicaSetSpec{Selector: selector, Template: template}},
 		&corev1.Service{ObjectMeta: about("shop", "web"), Spec: corev1.ServiceSpec{
 			Type: "NodePort", Selector: selector.MatchLabels, ClusterIPs: []string{"10.97.0.7"}, SessionAffinity: "ClientIP",
@@ -230,4 +234,21 @@ func revision() *api.Revision {
 			{Verb: "delete", Key: api.KeyOf(&corev1.ConfigMap{ObjectMeta: about("shop", "old")})},
 		},
 	}}
+}
+
+func ingress() *networkingv1.Ingress {
+	prefix, class := networkingv1.PathTypePrefix, "decree"
+	backend := func(port networkingv1.ServiceBackendPort) networkingv1.IngressBackend {
+		return networkingv1.IngressBackend{Service: &networkingv1.IngressServiceBackend{Name: "web", Port: port}}
+	}
+	byNumber := backend(networkingv1.ServiceBackendPort{Number: 80})
+	return &networkingv1.Ingress{ObjectMeta: about("shop", "web"), Spec: networkingv1.IngressSpec{
+		IngressClassName: &class, DefaultBackend: &byNumber, TLS: []networkingv1.IngressTLS{{Hosts: []string{"shop.example.com"}, SecretName: "cert"}, {}},
+		Rules: []networkingv1.IngressRule{
+			{Host: "shop.example.com", IngressRuleValue: networkingv1.IngressRuleValue{HTTP: &networkingv1.HTTPIngressRuleValue{Paths: []networkingv1.HTTPIngressPath{
+				{Path: "/cart", PathType: &prefix, Backend: backend(networkingv1.ServiceBackendPort{Name: "http"})}, {Backend: networkingv1.IngressBackend{}},
+			}}}},
+			{},
+		},
+	}, Status: networkingv1.IngressStatus{LoadBalancer: networkingv1.IngressLoadBalancerStatus{Ingress: []networkingv1.IngressLoadBalancerIngress{{IP: "203.0.113.8"}}}}}
 }

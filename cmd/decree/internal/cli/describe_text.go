@@ -63,6 +63,10 @@ func (w *sheet) object(o api.Object, r relations, now time.Time) {
 		w.endpointSlice(o)
 	case *networkingv1.NetworkPolicy:
 		w.networkPolicy(o)
+	case *networkingv1.Ingress:
+		w.ingress(o, r.routes)
+	case *networkingv1.IngressClass:
+		w.line("Controller:", o.Spec.Controller)
 	case *corev1.Node:
 		w.node(o, r.pods, now)
 	case *corev1.Namespace:

@@ -29,7 +29,7 @@ type daemonFlags struct {
 	level, serviceCIDR, podCIDR, dns, nodePorts string
 	tokenFile                                   string
 	stubs                                       []string
-	backend                                     string
+	backend, ingress                            string
 }
 
 func upCmd(e *env) *cobra.Command {
@@ -126,6 +126,13 @@ func (d *daemonFlags) node(c *cobra.Command, cfg *daemon.Config) {
 	f.StringVar(&cfg.Images, "images", "", "folder of image archives (*.tar) to import")
 	f.StringVar(&cfg.ResolvConf, "resolv-conf", "/etc/resolv.conf", "file with the name servers for names outside the cluster")
 	f.StringVar(&d.backend, "service-backend", "", "ipvs or nftables: what balances services (default: ipvs where the kernel has it); the next start with another one changes it, and connections go on")
+	f.StringVar(&d.ingress, "ingress", "on", "on or off: whether this machine serves Ingresses; it listens only while there are some")
+	f.StringVar(&cfg.Ingress.HTTP, "ingress-http", ":80", "host:port for HTTP")
+	f.StringVar(&cfg.Ingress.HTTPS, "ingress-https", ":443", "host:port for HTTPS, and for HTTP/3")
+	f.StringVar(&cfg.Ingress.AccessLog, "ingress-access-log", "", "file that gets a line of JSON for every request (default: none)")
+	f.StringVar(&cfg.Ingress.ACMEDirectory, "acme-directory", "", "URL of a CA (RFC 8555) that certificates are obtained from (default: none, or Let's Encrypt with --acme-email)")
+	f.StringVar(&cfg.Ingress.ACMEEmail, "acme-email", "", "address that the CA writes to about certificates")
+	f.StringVar(&cfg.Ingress.ACMERoots, "acme-ca-file", "", "file with the certificates that the CA's own server is verified with (default: those of the system)")
 	f.StringVar(&cfg.IPVS.Scheduler, "ipvs-scheduler", ipvs.DefaultScheduler, "how IPVS chooses an endpoint where a service does not say: "+strings.Join(api.Schedulers, ", "))
 	f.DurationVar(&cfg.IPVS.Drain, "ipvs-drain", ipvs.DefaultDrain, "how long connections to an endpoint that went may go on")
 	f.DurationVar(&cfg.IPVS.TCP, "ipvs-tcp-timeout", 0, "how long IPVS remembers idle connections (default: as the kernel has it)")
@@ -190,6 +197,13 @@ func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 	case "", netplane.IPVS, netplane.NFTables:
 	default:
 		return usageError{fmt.Errorf("--service-backend %q: expected %s or %s", d.backend, netplane.IPVS, netplane.NFTables)}
+	}
+	switch d.ingress {
+	case "", "on":
+	case "off":
+		cfg.Ingress.Off = true
+	default:
+		return usageError{fmt.Errorf("--ingress %q: expected on or off", d.ingress)}
 	}
 	switch cfg.Encryption {
 	case "", netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll:

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -40,6 +41,7 @@ type node struct {
 	supervisor *containerd.Supervisor // nil with an existing containerd
 	runtime    *containerd.Runtime
 	plane      *netplane.Plane
+	ingress    *ingressServer // nil: this node serves none
 	agent      *agent.Agent
 	mirror     *client.Mirror
 	peers      *peers
@@ -169,6 +171,9 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 	if n.plane, err = netplane.New(cfg.network(metrics)); err != nil {
 		return nil, err
 	}
+	if n.ingress, err = newIngress(cfg, metrics); err != nil {
+		return nil, err
+	}
 	if n.mirror, err = newMirror(cfg, at, client.NodeSelections(cfg.Node), "view"); err != nil {
 		return nil, err
 	}
@@ -184,12 +189,13 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 	return n, err
 }
 
-// labels are those of this machine's node that the operator chose.
+// labels are those of this machine's node that follow from what the operator chose.
 func (c *Config) labels() map[string]string {
-	if c.Zone == "" {
-		return nil
+	l := map[string]string{api.LabelIngressNode: strconv.FormatBool(!c.Ingress.Off)}
+	if c.Zone != "" {
+		l[corev1.LabelTopologyZone] = c.Zone
 	}
-	return map[string]string{corev1.LabelTopologyZone: c.Zone}
+	return l
 }
 
 // newMirror makes a local copy of some of the state, kept in a folder.
@@ -210,6 +216,9 @@ func (n *node) run(start func(name string, f func(context.Context) error)) {
 	start("network", n.plane.Run)
 	start("peers", func(ctx context.Context) error { return n.peers.run(ctx, n.changed.network) })
 	start("services", n.follow)
+	if n.ingress != nil {
+		start("ingress", n.ingress.Run)
+	}
 	start("agent", n.agent.Run)
 }
 
@@ -225,7 +234,11 @@ func (n *node) follow(ctx context.Context) error {
 		Backoff: reconciler.Backoff{Min: 50 * time.Millisecond, Max: 10 * time.Second},
 		Logger:  n.cfg.Log.With("part", "network"),
 		Once: func(ctx context.Context) error {
-			d := n.desired(n.mirror.View())
+			view := n.mirror.View()
+			d := n.desired(view)
+			if n.ingress != nil { // before the agent goes by what the plane leads to
+				n.ingress.Set(ingressObjects(view, d))
+			}
 			d.Pods = n.peers.pods(ctx, &d)
 			return n.plane.Set(ctx, d)
 		},
@@ -297,6 +310,9 @@ func (n *node) importImages(ctx context.Context) error {
 func (n *node) close() {
 	if n.plane != nil {
 		n.plane.Close()
+	}
+	if n.ingress != nil {
+		n.ingress.close()
 	}
 	if n.runtime != nil {
 		n.runtime.Close()

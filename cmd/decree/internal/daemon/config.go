@@ -81,7 +81,21 @@ type Config struct {
 	ResolvConf string      // file with the name servers for names outside the cluster
 	DNSStubs   []dns.Stub  // domains with name servers of their own
 
+	Ingress IngressConfig
+
 	Log *slog.Logger
+}
+
+// IngressConfig says how a node serves Ingresses.
+type IngressConfig struct {
+	Off         bool
+	HTTP, HTTPS string // host:port; empty: the ports 80 and 443
+	AccessLog   string // file that gets a line for every request; empty: none
+	// ACMEDirectory is the URL of a CA that certificates are obtained from, ACMEEmail whom
+	// it tells about them; with neither of them none are obtained. With an address alone it
+	// is Let's Encrypt. ACMERoots is a file with the CAs that its own server is verified
+	// with; empty: those of the system.
+	ACMEDirectory, ACMEEmail, ACMERoots string
 }
 
 // DefaultData is the data folder when neither --data nor DECREE_DATA says else.

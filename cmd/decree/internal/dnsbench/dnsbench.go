@@ -7,7 +7,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -81,7 +80,7 @@ func Run(ctx context.Context, cfg Config) error {
 	servers, err := start(ctx, &cfg, up.address())
 	defer func() {
 		for _, s := range servers {
-			s.stop()
+			s.Stop()
 		}
 	}()
 	if err != nil {
@@ -164,7 +163,7 @@ func (s *server) under(ctx context.Context, cfg *Config, w workload, path string
 	if w.once {
 		duration = 0
 	}
-	before, err := s.cpu()
+	before, err := s.CPU()
 	if err != nil {
 		return load{}, err
 	}
@@ -172,7 +171,7 @@ func (s *server) under(ctx context.Context, cfg *Config, w workload, path string
 	if err != nil {
 		return load{}, err
 	}
-	after, err := s.cpu()
+	after, err := s.CPU()
 	if err != nil {
 		return load{}, err
 	}
@@ -193,20 +192,6 @@ func (s *server) under(ctx context.Context, cfg *Config, w workload, path string
 	if l.p50, l.p99, err = oneAtATime(ctx, s.port, questions, 3000); err != nil {
 		return load{}, err
 	}
-	l.memory, err = s.memory()
+	l.memory, err = s.Memory()
 	return l, err
-}
-
-// freePort is one that nobody listens on, by UDP and TCP.
-func freePort() (int, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer ln.Close()
-	pc, err := net.ListenPacket("udp", ln.Addr().String())
-	if err != nil {
-		return 0, err
-	}
-	return ln.Addr().(*net.TCPAddr).Port, pc.Close()
 }

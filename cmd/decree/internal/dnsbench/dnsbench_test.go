@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"github.com/miekg/dns"
+
+	"decree.dev/decree/cmd/decree/internal/process"
 )
 
 func TestParseDnsperf(t *testing.T) {
@@ -38,7 +40,7 @@ func TestServe(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer up.close()
-	port, err := freePort()
+	port, err := process.FreePort()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +48,7 @@ func TestServe(t *testing.T) {
 	ended := make(chan error, 1)
 	go func() { ended <- Serve(ctx, net.JoinHostPort("127.0.0.1", strconv.Itoa(port)), up.address(), 500) }()
 	defer func() { cancel(); <-ended }()
-	if err := (&server{name: "decree", port: port, ended: make(chan struct{})}).ready(ctx); err != nil {
+	if err := new(process.Process).Await(ctx, (&server{name: "decree", port: port}).try); err != nil {
 		t.Fatal(err)
 	}
 	cfg := Config{Names: 500}

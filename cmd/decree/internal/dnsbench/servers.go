@@ -1,14 +1,12 @@
 package dnsbench
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -18,17 +16,16 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
+	"decree.dev/decree/cmd/decree/internal/process"
 	clusterdns "decree.dev/decree/netplane/dns"
 	"decree.dev/decree/netplane/render"
 )
 
 // server is one that is measured, as a process.
 type server struct {
-	name   string
-	port   int
-	cmd    *exec.Cmd
-	output bytes.Buffer
-	ended  chan struct{}
+	*process.Process
+	name string
+	port int
 }
 
 // start starts all servers that there are. Those that it returns have to be stopped, also
@@ -41,7 +38,7 @@ func start(ctx context.Context, cfg *Config, upstream string) (all []*server, er
 		if s.binary == "" {
 			continue
 		}
-		port, err := freePort()
+		port, err := process.FreePort()
 		if err != nil {
 			return all, err
 		}
@@ -49,12 +46,10 @@ func start(ctx context.Context, cfg *Config, upstream string) (all []*server, er
 		if err != nil {
 			return all, err
 		}
-		run := &server{name: s.name, port: port, cmd: exec.CommandContext(ctx, s.binary, args...), ended: make(chan struct{})}
-		run.cmd.Stdout, run.cmd.Stderr = &run.output, &run.output
-		if err := run.cmd.Start(); err != nil {
-			return all, fmt.Errorf("start %s: %w", s.name, err)
+		run := &server{name: s.name, port: port}
+		if run.Process, err = process.Start(ctx, s.name, nil, append([]string{s.binary}, args...)...); err != nil {
+			return all, err
 		}
-		go func() { _ = run.cmd.Wait(); close(run.ended) }()
 		all = append(all, run)
 		if err := run.ready(ctx); err != nil {
 			return all, err
@@ -64,61 +59,17 @@ func start(ctx context.Context, cfg *Config, upstream string) (all []*server, er
 }
 
 // ready waits until the server answers for a service.
-func (s *server) ready(ctx context.Context) error {
-	c := dns.Client{Timeout: time.Second}
-	for range 60 {
-		m, _, err := c.ExchangeContext(ctx, new(dns.Msg).SetQuestion(dns.Fqdn(serviceName(0)), dns.TypeA), s.address())
-		if err == nil && len(m.Answer) == 1 {
-			return nil
-		}
-		select {
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		case <-s.ended:
-			return fmt.Errorf("%s ended: %s", s.name, strings.TrimSpace(s.output.String()))
-		case <-time.After(500 * time.Millisecond):
-		}
+func (s *server) ready(ctx context.Context) error { return s.Await(ctx, s.try) }
+
+func (s *server) try(ctx context.Context) error {
+	m, _, err := (&dns.Client{Timeout: time.Second}).ExchangeContext(ctx, new(dns.Msg).SetQuestion(dns.Fqdn(serviceName(0)), dns.TypeA), s.address())
+	if err == nil && len(m.Answer) != 1 {
+		err = fmt.Errorf("%d answers", len(m.Answer))
 	}
-	return fmt.Errorf("%s does not answer", s.name)
+	return err
 }
 
 func (s *server) address() string { return net.JoinHostPort("127.0.0.1", strconv.Itoa(s.port)) }
-
-func (s *server) stop() {
-	_ = s.cmd.Process.Kill()
-	<-s.ended
-}
-
-// cpu is the processor time that the server has used so far.
-func (s *server) cpu() (time.Duration, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", s.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	_, rest, _ := bytes.Cut(text, []byte(") ")) // the name may have blanks
-	f := strings.Fields(string(rest))
-	if len(f) < 13 {
-		return 0, errors.New("/proc: unknown format")
-	}
-	user, err1 := strconv.Atoi(f[11])
-	system, err2 := strconv.Atoi(f[12])
-	return time.Duration(user+system) * time.Second / 100, errors.Join(err1, err2) // USER_HZ is 100 everywhere
-}
-
-// memory is the server's resident memory in MiB.
-func (s *server) memory() (float64, error) {
-	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", s.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	_, rest, _ := strings.Cut(string(text), "VmRSS:")
-	f := strings.Fields(rest)
-	if len(f) == 0 {
-		return 0, errors.New("/proc: no VmRSS")
-	}
-	kib, err := strconv.Atoi(f[0])
-	return float64(kib) / 1024, err
-}
 
 func decreeArgs(cfg *Config, _ string, port int, upstream string) ([]string, error) {
 	return []string{"bench", "dns", "--serve", fmt.Sprintf("127.0.0.1:%d", port), "--upstream", upstream, "--names", strconv.Itoa(cfg.Names)}, nil
