@@ -1,9 +1,11 @@
 package raftstore
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -98,7 +100,7 @@ func (s *Store) change(ctx context.Context, verb, id string, question func() raf
 
 // TransferLeadership hands the lead over to the server id, or to the one that is
 // closest behind when id is empty. It returns when the other one has been told to
-// take it.
+// take it. After one that failed, the next one in the same term has to wait, see [handover].
 func (s *Store) TransferLeadership(ctx context.Context, id string) error {
 	question := func() raft.Future { return s.raft.LeadershipTransfer() }
 	if id != "" {
@@ -113,7 +115,48 @@ func (s *Store) TransferLeadership(ctx context.Context, id string) error {
 		}
 		question = func() raft.Future { return s.raft.LeadershipTransferToServer(raft.ServerID(id), to) }
 	}
-	return s.change(ctx, "hand the lead over to", id, question)
+	now, term := time.Now(), s.raft.CurrentTerm()
+	if err := s.handover.allowed(now, term); err != nil {
+		return fmt.Errorf("hand the lead over to %s: %w", cmp.Or(id, "another server"), err)
+	}
+	err := s.change(ctx, "hand the lead over to", id, question)
+	if err != nil && !errors.Is(err, ErrNotLeader) {
+		s.handover.failed(now, term)
+	}
+	return err
+}
+
+// handover keeps a second attempt away from raft for as long as the first may hang there.
+//
+// Raft hands its wish to the goroutine that replicates to the other server, through a
+// channel with room for one. If that goroutine hangs, a second wish waits for room, and
+// goes on to wait after the lead was lost, when nobody takes wishes any more: raft 1.7.3
+// then holds a transfer for going on for ever, and refuses everything if this server
+// leads again. The simulator found this.
+type handover struct {
+	mu   sync.Mutex
+	term uint64
+	at   time.Time
+}
+
+// handoverRest is more than the longest time that raft waits between two attempts to
+// reach a server that does not answer (41 s), and the attempt itself.
+const handoverRest = time.Minute
+
+func (h *handover) allowed(now time.Time, term uint64) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if left := h.at.Add(handoverRest).Sub(now); h.term == term && left > 0 {
+		return fmt.Errorf("the one that was asked %s ago did not take it, and may hang: ask again in %s",
+			now.Sub(h.at).Round(time.Second), left.Round(time.Second))
+	}
+	return nil
+}
+
+func (h *handover) failed(at time.Time, term uint64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.term, h.at = term, at
 }
 
 // HandOver lets another server lead before this one stops, so that nobody has to

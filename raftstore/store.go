@@ -142,6 +142,7 @@ type Store struct {
 	// readTerm is the term in which this server, as leader, has applied everything
 	// that earlier leaders acknowledged; zero before that.
 	readTerm  atomic.Uint64
+	handover  handover
 	asking    sync.WaitGroup // questions that raft has not answered yet
 	stopRaft  func() error   // stops raft once, and waits for it
 	ready     chan struct{}
