@@ -29,7 +29,7 @@ type autopilot struct {
 	answers map[asked]time.Time  // when a member last answered a server that asked how it is
 	tenures map[string]time.Time // since when a server leads
 	joined  map[string]time.Time // when members joined
-	removed map[string]time.Time // since when members are removed, for good
+	removed map[string]time.Time // when it was decided that members are removed, at the latest
 	excused map[string]bool      // members that may be removed at any time
 	disks   map[string]bool      // members whose disks are gone
 	halves  map[string]func()    // what happens when members are half removed
@@ -98,7 +98,12 @@ func (a *autopilot) told(o *api.Server) {
 	if _, known := a.removed[o.Name]; known || o.Status.Removed == nil {
 		return
 	}
-	a.removed[o.Name] = time.Now()
+	// By a leader whose entry may be seen when the next one leads; in whole seconds.
+	decided := o.Status.Removed.Add(time.Second)
+	if now := time.Now(); now.Before(decided) {
+		decided = now
+	}
+	a.removed[o.Name] = decided
 	if f := a.halves[o.Name]; f != nil {
 		a.cluster.work.Go(f)
 	}

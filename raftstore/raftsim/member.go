@@ -30,6 +30,7 @@ func (r *run) announce() {
 		c.trace.add("%s announces itself as %s: %v", r.server.id, r.id, err)
 		switch {
 		case err == nil:
+			r.admitted.Store(true)
 			return
 		case membership.IsRemoved(err) || membership.IsTooOld(err):
 			c.nemesis.count("refused")

@@ -56,6 +56,8 @@ type run struct {
 	ctx      context.Context
 	end      context.CancelCauseFunc
 
+	admitted atomic.Bool // the cluster knows it
+
 	closing atomic.Bool
 	closed  chan struct{}
 	failed  error // of closing
@@ -161,6 +163,20 @@ func (s *server) start() error {
 	return nil
 }
 
+// stopped is called when the store stops for good. That is right for a server that was
+// installed anew in a version that is too old: it gets what the one before it would have
+// got, before it is refused.
+func (r *run) stopped(err error) {
+	c := r.server.cluster
+	if _, unknown := errors.AsType[*command.VersionError](err); unknown && r.format < command.Newest && !r.admitted.Load() {
+		c.trace.add("%s is too old: %v", r.server.id, err)
+		c.nemesis.count("refused")
+		c.work.Go(func() { r.server.crashRun(r) })
+		return
+	}
+	c.fail("%s stopped for good: %v", r.server.id, err)
+}
+
 // What is larger than wholeBytes travels in parts of partBytes.
 const (
 	wholeBytes = 600
@@ -171,7 +187,7 @@ func (s *server) config(r *run, dir string, d *disk, first bool) raftstore.Confi
 	c := s.cluster
 	cfg := raftstore.Config{
 		Dir: dir, NodeID: r.id, Transport: r.wire, Peers: &peers{r}, Storage: d.storage, Logger: c.logger(s.id),
-		Fatal:             func(err error) { c.fail("%s stopped for good: %v", s.id, err) },
+		Fatal:             r.stopped,
 		SnapshotThreshold: c.snapshotThreshold, SnapshotInterval: 700 * time.Millisecond, TrailingLogs: c.trailingLogs,
 		HistoryEvents: c.historyEvents, Format: r.format, WholeBytes: wholeBytes, PartBytes: partBytes,
 	}
