@@ -33,6 +33,31 @@ func sortElements(es []element) {
 	})
 }
 
+// grouped returns es by set, otherwise in their order, but for intervals, which the kernel
+// wants in the order of their keys.
+func grouped(es []element) []element {
+	var count [numAllSets]int
+	for i := range es {
+		count[es[i].set]++
+	}
+	var at [numAllSets]int
+	for set, sum := 0, 0; set < len(count); set++ {
+		at[set], sum = sum, sum+count[set]
+	}
+	out := make([]element, len(es))
+	for i := range es {
+		set := es[i].set
+		out[at[set]] = es[i]
+		at[set]++
+	}
+	for set, end := range at {
+		if setID(set).interval() {
+			slices.SortStableFunc(out[end-count[set]:end], func(a, b element) int { return cmp.Compare(a.key, b.key) })
+		}
+	}
+	return out
+}
+
 // elementsOf appends what one service needs, but for hairpin, which services share.
 func elementsOf(out []element, s *render.Service) []element {
 	port := string(appendPort(nil, s.Port))
@@ -63,18 +88,21 @@ func elementsOf(out []element, s *render.Service) []element {
 // backendsOf appends what the balancers of one service look up, for clients from outside or
 // for all others.
 func backendsOf(out []element, s *render.Service, port string, fromOutside bool) []element {
-	taken := map[uint32]bool{}
+	var taken map[uint32]bool
+	if s.Affinity > 0 {
+		taken = make(map[uint32]bool, len(s.Endpoints))
+	}
 	eps, first := s.Endpoints, uint32(0)
 	if fromOutside {
 		eps, first = s.Outside, firstOutside
 	}
 	for i, ep := range eps {
-		key := word(first+uint32(i)) + port
+		key := word(first+uint32(i), port)
 		backend := string(appendAddrPort(nil, ep))
 		out = append(out, element{set: endpoints, key: key, val: backend})
 		if s.Affinity > 0 {
 			who := identity(backend, fromOutside, taken)
-			out = append(out, element{set: identities, key: key, val: word(who)}, element{set: live, key: word(who) + port, val: backend})
+			out = append(out, element{set: identities, key: key, val: word(who, "")}, element{set: live, key: word(who, port), val: backend})
 		}
 	}
 	return out
@@ -97,8 +125,11 @@ func identity(backend string, fromOutside bool, taken map[uint32]bool) uint32 {
 	return who
 }
 
-// word is a number as the kernel holds it in a register.
-func word(n uint32) string { return string(binary.NativeEndian.AppendUint32(nil, n)) }
+// word is a number as the kernel holds it in a register, and what follows it in a key.
+func word(n uint32, rest string) string {
+	var b [4 + 16 + 8]byte // the longest: an IPv6 address, a protocol and a port
+	return string(append(binary.NativeEndian.AppendUint32(b[:0], n), rest...))
+}
 
 func hairpinOf(a netip.Addr) element {
 	return element{set: hairpin, key: string(appendAddr(appendAddr(nil, a), a))}
@@ -158,8 +189,11 @@ func prefixBetween(first, after netip.Addr) (netip.Prefix, bool) {
 }
 
 // changes returns what has to be deleted from and added to have to become want. An
-// element whose value differs is deleted and added.
+// element whose value differs is deleted and added. adds is want if there is nothing yet.
 func changes(have, want []element) (dels, adds []element) {
+	if len(have) == 0 {
+		return nil, want
+	}
 	old := make(map[id]string, len(have))
 	for i := range have {
 		old[have[i].id()] = have[i].val
@@ -194,7 +228,7 @@ func settingChanges(have, want []element) (dels, adds []element) {
 	anew := func(e element) bool {
 		return differs[e.set] && e.set.interval()
 	}
-	dels, adds = slices.DeleteFunc(dels, anew), slices.DeleteFunc(adds, anew)
+	dels, adds = slices.DeleteFunc(dels, anew), slices.DeleteFunc(slices.Clone(adds), anew) // adds may be want
 	for _, e := range have {
 		if anew(e) {
 			dels = append(dels, e)

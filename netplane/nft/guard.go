@@ -86,7 +86,7 @@ func (m *Mark) element() element {
 	case Allowed:
 		e.key, e.val = e.key+string(appendAddr(nil, m.Source.Addr())), e.key+string(appendAddr(nil, lastOf(m.Source)))
 	case Split:
-		e.val = word(m.Value)
+		e.val = word(m.Value, "")
 	}
 	return e
 }

@@ -39,7 +39,7 @@ func openWire() (*elementWire, error) {
 }
 
 // commit deletes, then adds elements of a table, in one transaction: all or none.
-// It reorders both slices by set, so that one message carries as many as it can.
+// One message carries as many of one set as it can.
 func (w *elementWire) commit(ctx context.Context, f *family, table string, dels, adds []element) error {
 	if len(dels)+len(adds) == 0 {
 		return nil
@@ -76,7 +76,7 @@ func (w *elementWire) attr32(kind uint16, v uint32) {
 // elements writes messages of the given kind, and returns where the last one
 // begins and its number.
 func (w *elementWire) elements(kind uint16, f *family, table string, es []element) (at int, seq uint32) {
-	sortElements(es)
+	es = grouped(es)
 	for len(es) > 0 {
 		id := es[0].set
 		at, seq = w.message(unix.NFNL_SUBSYS_NFTABLES<<8|kind, unix.NLM_F_CREATE, uint8(f.nf), 0)
