@@ -1,6 +1,7 @@
 package netplane
 
 import (
+	"errors"
 	"fmt"
 	"path/filepath"
 
@@ -19,19 +20,36 @@ const (
 	EncryptAll      Encryption = "required" // all; nodes that do not encrypt are not reached
 )
 
+// Validate says what is wrong with e; empty is as good as EncryptNothing.
+func (e Encryption) Validate() error {
+	switch e {
+	case "", EncryptNothing, EncryptPossible, EncryptAll:
+		return nil
+	}
+	return fmt.Errorf("encryption %q: expected %s, %s or %s", string(e), EncryptNothing, EncryptPossible, EncryptAll)
+}
+
+// errOwnNetwork is why nothing is encrypted where a user's CNI configuration leads to
+// other nodes.
+var errOwnNetwork = errors.New("the pod network is one of the user's own CNI configuration, which has to encrypt by itself")
+
 // wireguard gives the overlay a key if there is to be encryption, and says why there is
 // none although there should be.
 func (c *Config) wireguard() (w overlay.WireGuard, why, err error) {
 	w = c.Overlay.WireGuard
-	switch c.Encryption {
-	case "", EncryptNothing:
-		return w, nil, nil
-	case EncryptPossible, EncryptAll:
-	default:
-		return w, nil, fmt.Errorf("encryption %q: expected %s, %s or %s", c.Encryption, EncryptNothing, EncryptPossible, EncryptAll)
+	if err := c.Encryption.Validate(); err != nil || c.Encryption == "" || c.Encryption == EncryptNothing {
+		return w, nil, err
 	}
 	w.Required = c.Encryption == EncryptAll
-	err = netspace.Do(c.NetNS, overlay.Encrypts)
+	own, err := c.networks().Own()
+	switch {
+	case err != nil:
+		return w, nil, err
+	case !own:
+		err = errOwnNetwork
+	default:
+		err = netspace.Do(c.NetNS, overlay.Encrypts)
+	}
 	switch {
 	case err != nil && w.Required:
 		return w, nil, fmt.Errorf("encryption of pod traffic is required: %w", err)

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -198,5 +200,21 @@ func TestEncryptionAsked(t *testing.T) {
 	defer p.Close()
 	if (p.PublicKey() != "") != able {
 		t.Errorf("the kernel has WireGuard: %v; the key is %q", able, p.PublicKey())
+	}
+
+	// A network of the user's own is not Decree's to encrypt: that is said at the start.
+	if err := os.MkdirAll(n.cfg.CNIConfDir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	conf := `{"cniVersion": "1.0.0", "name": "mine", "plugins": [{"type": "ptp"}]}`
+	if err := os.WriteFile(filepath.Join(n.cfg.CNIConfDir, "10-mine.conflist"), []byte(conf), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	n.cfg.Encryption = netplane.EncryptAll
+	if p, err := netplane.New(n.cfg); err == nil {
+		p.Close()
+		t.Error("encryption is required of a network that is the user's own")
+	} else if !strings.Contains(err.Error(), "CNI configuration") {
+		t.Error(err)
 	}
 }

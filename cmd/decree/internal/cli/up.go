@@ -205,10 +205,8 @@ func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 	default:
 		return usageError{fmt.Errorf("--ingress %q: expected on or off", d.ingress)}
 	}
-	switch cfg.Encryption {
-	case "", netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll:
-	default:
-		return usageError{fmt.Errorf("--encryption %q: expected %s, %s or %s", cfg.Encryption, netplane.EncryptNothing, netplane.EncryptPossible, netplane.EncryptAll)}
+	if err := cfg.Encryption.Validate(); err != nil {
+		return usageError{fmt.Errorf("--%w", err)}
 	}
 	if err := cfg.IPVS.Validate(); err != nil {
 		return usageError{fmt.Errorf("--ipvs-*: %w", err)}
