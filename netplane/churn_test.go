@@ -37,7 +37,7 @@ func TestChurn(t *testing.T) {
 // else would get on in an emulated machine.
 var pause = func() time.Duration {
 	if vm.Inside() {
-		return 50 * time.Millisecond
+		return 100 * time.Millisecond
 	}
 	return time.Millisecond
 }()

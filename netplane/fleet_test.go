@@ -23,7 +23,9 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/front"
 	"decree.dev/decree/netplane/netplanetest"
+	"decree.dev/decree/netplane/netplanetest/vm"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
 	"decree.dev/decree/netplane/render"
@@ -32,6 +34,15 @@ import (
 
 // agentVariable makes this test binary the network half of an agent: see [runAgent].
 const agentVariable = "DECREE_TEST_AGENT"
+
+// encryptionVariable is the [netplane.Encryption] of that agent.
+const encryptionVariable = "DECREE_TEST_AGENT_ENCRYPTION"
+
+// greeting is what an agent says when it starts.
+type greeting struct {
+	Key     string // see [netplane.Plane.PublicKey]
+	Backend netplane.Backend
+}
 
 // order is what a fleet tells an agent: one of the two.
 type order struct {
@@ -47,12 +58,17 @@ type answer struct {
 }
 
 // runAgent is a Plane in a process of its own, in the network namespace that it was started
-// in. It keeps everything in a folder, does what it is told, and ends when nobody is there to
-// tell it anything.
+// in, with servers in another one. It keeps everything in a folder, does what it is told, and
+// ends when nobody is there to tell it anything.
 func runAgent(folder string) int {
-	p, err := netplane.New(netplane.Config{
-		DataDir: filepath.Join(folder, "netplane"), ResolvConf: filepath.Join(folder, "resolv.conf"),
-		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError})),
+	log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelError}))
+	p, err := netplane.New(netplane.Config{DataDir: filepath.Join(folder, "netplane"), Encryption: netplane.Encryption(os.Getenv(encryptionVariable)), Log: log})
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	servers, err := front.NewKeeper(front.KeeperConfig{
+		Dir: filepath.Join(folder, "front"), LogFile: filepath.Join(folder, "front.log"), Config: front.Config{ResolvConf: filepath.Join(folder, "resolv.conf"), Level: slog.LevelError}, Log: log,
 	})
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -61,7 +77,9 @@ func runAgent(folder string) int {
 	ctx, cancel := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
 	wg.Go(func() { _ = p.Run(ctx) })
+	wg.Go(func() { _ = servers.Run(ctx) })
 	in, out := json.NewDecoder(os.Stdin), json.NewEncoder(os.Stdout)
+	_ = out.Encode(greeting{p.PublicKey(), p.Backend()})
 	for {
 		var o order
 		if in.Decode(&o) != nil {
@@ -69,7 +87,7 @@ func runAgent(folder string) int {
 		}
 		var a answer
 		if o.Set != nil {
-			err = p.Set(ctx, *o.Set)
+			err = errors.Join(servers.Set(ctx, front.Objects{Desired: *o.Set}), p.Set(ctx, *o.Set))
 		} else {
 			a.Addrs, err = p.Attach(ctx, o.Attach, o.NetNS)
 		}
@@ -103,17 +121,20 @@ type fleet struct {
 
 // fleetNode is a node with its agent.
 type fleetNode struct {
-	f      *fleet
-	object *corev1.Node
-	folder string
-	cmd    *exec.Cmd
-	in     *json.Encoder
-	out    *json.Decoder
+	f          *fleet
+	object     *corev1.Node
+	folder     string
+	encryption netplane.Encryption // of the next agent that starts
+	cmd        *exec.Cmd
+	in         *json.Encoder
+	out        *json.Decoder
+	greeted    bool // by the agent that runs
 }
 
 const outside = netplanetest.Outside
 
-func newFleet(t *testing.T, nodes int) *fleet {
+// newFleet starts so many nodes, with the kinds of encryption that are given, in this order.
+func newFleet(t *testing.T, nodes int, encryption ...netplane.Encryption) *fleet {
 	f := &fleet{t: t, router: netspacetest.Namespace(t, "router"), lab: &netplanetest.Lab{Path: map[netplanetest.Host]string{}}, pods: map[netplanetest.Host]*corev1.Pod{}}
 	f.nets = slices.Clone(netplanetest.Nets)
 	for i := range f.nets {
@@ -130,7 +151,11 @@ func newFleet(t *testing.T, nodes int) *fleet {
 		if i == nodes-1 {
 			network = 2
 		}
-		f.node(i+1, network)
+		kind := netplane.EncryptNothing
+		if i < len(encryption) {
+			kind = encryption[i]
+		}
+		f.node(i+1, network, kind)
 	}
 	f.publish()
 	for i, n := range f.nodes {
@@ -172,11 +197,20 @@ func (f *fleet) host(h netplanetest.Host, bridge, v4, v6 string, before func()) 
 }
 
 // node makes the n-th node and starts its agent.
-func (f *fleet) node(n, network int) {
+func (f *fleet) node(n, network int, encryption netplane.Encryption) {
 	h := netplanetest.Host(fmt.Sprint("n", n))
 	v4, v6 := fmt.Sprintf("192.168.%d.%d", network, n), fmt.Sprintf("fd00:%d::%d", network, n)
 	f.host(h, fmt.Sprint("br", network), v4, v6, nil)
-	node := &fleetNode{f: f, folder: f.t.TempDir(), object: &corev1.Node{
+	folder, err := os.MkdirTemp("", "fleet") // a short name, for a socket
+	if err != nil {
+		f.t.Fatal(err)
+	}
+	f.t.Cleanup(func() {
+		if err := errors.Join(front.Stop(context.Background(), filepath.Join(folder, "front")), os.RemoveAll(folder)); err != nil {
+			f.t.Error(err)
+		}
+	})
+	node := &fleetNode{f: f, folder: folder, encryption: encryption, object: &corev1.Node{
 		ObjectMeta: metav1.ObjectMeta{Name: string(h), Annotations: map[string]string{api.AnnotationNetworks: fmt.Sprintf("192.168.%d.0/24,fd00:%d::/64", network, network)}},
 		Spec:       corev1.NodeSpec{PodCIDRs: []string{fmt.Sprintf("10.98.%d.0/24", n), fmt.Sprintf("fd98:0:0:%d::/64", n)}},
 		Status: corev1.NodeStatus{
@@ -196,15 +230,31 @@ func (f *fleet) node(n, network int) {
 func (n *fleetNode) start() {
 	n.f.t.Helper()
 	n.cmd = exec.Command("/proc/self/exe")
-	n.cmd.Env = append(os.Environ(), agentVariable+"="+n.folder)
+	n.cmd.Env = append(os.Environ(), agentVariable+"="+n.folder, encryptionVariable+"="+string(n.encryption))
 	n.cmd.Stderr = os.Stderr
 	in, err1 := n.cmd.StdinPipe()
 	out, err2 := n.cmd.StdoutPipe()
-	n.in, n.out = json.NewEncoder(in), json.NewDecoder(out)
+	n.in, n.out, n.greeted = json.NewEncoder(in), json.NewDecoder(out), false
 	err := netspace.Do(n.path(), n.cmd.Start)
 	if err := errors.Join(err1, err2, err); err != nil {
 		n.f.t.Fatal(err)
 	}
+}
+
+// greet waits until the agent has started, and puts its key where the others look for it.
+func (n *fleetNode) greet() {
+	n.f.t.Helper()
+	if n.greeted {
+		return
+	}
+	var g greeting
+	if err := n.out.Decode(&g); err != nil {
+		n.f.t.Fatalf("%s: %v", n.object.Name, err)
+	}
+	if vm.Inside() && g.Backend != netplane.IPVS {
+		n.f.t.Fatalf("the kernel has IPVS, %s has %s", n.object.Name, g.Backend)
+	}
+	n.greeted, n.object.Annotations[api.AnnotationWireGuard] = true, g.Key
 }
 
 // kill ends the agent without a warning.
@@ -281,15 +331,17 @@ func (f *fleet) desired(n *fleetNode) *netplane.Desired {
 // what follows from it.
 func (f *fleet) publish(but ...*fleetNode) {
 	f.t.Helper()
+	told := slices.DeleteFunc(slices.Clone(f.nodes), func(n *fleetNode) bool { return slices.Contains(but, n) })
+	for _, n := range told {
+		n.greet()
+	}
 	var wg sync.WaitGroup
-	for _, n := range f.nodes {
-		if !slices.Contains(but, n) {
-			wg.Go(func() {
-				if _, err := n.ask(order{Set: f.desired(n)}); err != nil {
-					f.t.Error(err)
-				}
-			})
-		}
+	for _, n := range told {
+		wg.Go(func() {
+			if _, err := n.ask(order{Set: f.desired(n)}); err != nil {
+				f.t.Error(err)
+			}
+		})
 	}
 	wg.Wait()
 	if f.t.Failed() {

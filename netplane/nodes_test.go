@@ -19,12 +19,11 @@ import (
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
 	"decree.dev/decree/netplane/overlay"
-	"decree.dev/decree/schemas/api"
 )
 
 // machines are nodes with Planes, in two networks with a router between them: all but
 // the last one in the first.
-func machines(t *testing.T, count int, encryption netplane.Encryption) []*node {
+func machines(t *testing.T, count int) []*node {
 	if vm.Inside() { // where each packet takes its time
 		t.Parallel()
 	}
@@ -46,7 +45,6 @@ func machines(t *testing.T, count int, encryption netplane.Encryption) []*node {
 		netspacetest.Up(t, n.netns, "eth0", fmt.Sprintf("192.168.%d.%d/24", network, i+1))
 		netspacetest.Route(t, n.netns, "0.0.0.0/0", fmt.Sprintf("192.168.%d.254", network), "")
 		n.name, n.address = fmt.Sprint("n", i+1), fmt.Sprintf("192.168.%d.%d", network, i+1)
-		n.cfg.Encryption = encryption
 		n.start()
 		if got := n.plane.Backend(); vm.Inside() && got != netplane.IPVS {
 			t.Fatalf("the kernel has IPVS, %s has %s", n.name, got)
@@ -63,7 +61,7 @@ func desiredOn(self *node, nodes []*node, backends ...netip.Addr) netplane.Desir
 	for i, n := range nodes {
 		cidr := fmt.Sprintf("10.98.%d.0/24", i+1)
 		d.Nodes = append(d.Nodes, &corev1.Node{
-			ObjectMeta: metav1.ObjectMeta{Name: n.name, Annotations: map[string]string{api.AnnotationWireGuard: n.plane.PublicKey()}}, Spec: corev1.NodeSpec{PodCIDRs: []string{cidr}},
+			ObjectMeta: metav1.ObjectMeta{Name: n.name}, Spec: corev1.NodeSpec{PodCIDRs: []string{cidr}},
 			Status: corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: n.address}}},
 		})
 		if n == self {
@@ -75,18 +73,8 @@ func desiredOn(self *node, nodes []*node, backends ...netip.Addr) netplane.Desir
 
 // TestNodes: pods of several nodes reach each other without translation, and a service
 // from everywhere; a node that is lost and comes back costs the others nothing.
-func TestNodes(t *testing.T) { acrossNodes(t, netplane.EncryptNothing, 1450) }
-
-// TestKernelNodesEncrypted is the same where nothing else may pass between nodes.
-func TestKernelNodesEncrypted(t *testing.T) {
-	if !vm.Inside() {
-		t.Skip("TestInKernel runs it")
-	}
-	acrossNodes(t, netplane.EncryptAll, 1440)
-}
-
-func acrossNodes(t *testing.T, encryption netplane.Encryption, fits int) {
-	nodes := machines(t, 3, encryption)
+func TestNodes(t *testing.T) {
+	nodes := machines(t, 3)
 	var pods []string // namespaces
 	var addrs []netip.Addr
 	for i, n := range nodes {
@@ -103,7 +91,7 @@ func acrossNodes(t *testing.T, encryption netplane.Encryption, fits int) {
 				t.Errorf("pod %d is %s to pod %d", i+1, source, j+1)
 			}
 		}
-		if mtu := podMTU(t, from); mtu != fits {
+		if mtu := podMTU(t, from); mtu != 1450 {
 			t.Errorf("pod %d has an interface with MTU %d", i+1, mtu)
 		}
 	}

@@ -19,7 +19,6 @@ import (
 
 	"decree.dev/decree/netplane/announce"
 	"decree.dev/decree/netplane/cni"
-	"decree.dev/decree/netplane/dns"
 	"decree.dev/decree/netplane/flows"
 	"decree.dev/decree/netplane/healthcheck"
 	"decree.dev/decree/netplane/host"
@@ -59,11 +58,6 @@ type Config struct {
 	Overlay overlay.Config
 	// Encryption of what pods of different nodes say to each other; empty: none.
 	Encryption Encryption
-	// ResolvConf lists the name servers for all names outside the cluster; empty:
-	// /etc/resolv.conf.
-	ResolvConf string
-	// Stubs are domains with name servers of their own.
-	Stubs []dns.Stub
 	// NetNS is the node's network namespace; empty: that of the process.
 	NetNS string
 	// ReadBack is the time between comparisons; zero: DefaultReadBack.
@@ -81,9 +75,6 @@ type Config struct {
 func (c Config) withDefaults() Config {
 	if len(c.CNIBinDirs) == 0 {
 		c.CNIBinDirs = []string{"/opt/cni/bin", "/usr/lib/cni"}
-	}
-	if c.ResolvConf == "" {
-		c.ResolvConf = "/etc/resolv.conf"
 	}
 	if c.ReadBack == 0 {
 		c.ReadBack = DefaultReadBack
@@ -113,7 +104,6 @@ type Plane struct {
 	overlay  *overlay.Overlay
 	services *balancer
 	policies *keeper
-	dns      *dns.Server
 	health   *healthcheck.Server
 	callers  *announce.Announcer
 	metrics  *metrics
@@ -141,9 +131,6 @@ type Plane struct {
 	// signalled when some came.
 	announced []netip.Addr
 	told      chan struct{}
-	// address is where DNS shall listen; moved is signalled when it changes.
-	address netip.Addr
-	moved   chan struct{}
 }
 
 // New opens the kernel's interfaces, and changes nothing yet.
@@ -166,7 +153,7 @@ func New(cfg Config) (*Plane, error) {
 	p := &Plane{
 		key: wireguard.PublicKey(),
 		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(), overlay: overlay.New(cfg.Overlay),
-		metrics: newMetrics(cfg.Registerer), moved: make(chan struct{}, 1), told: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
+		metrics: newMetrics(cfg.Registerer), told: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
 		checking: make(chan struct{}, maxChecks),
 	}
 	if p.services, err = openBalancer(&p.cfg); err != nil {
@@ -177,7 +164,6 @@ func New(cfg Config) (*Plane, error) {
 		return nil, errors.Join(fmt.Errorf("netplane: %w", err), p.services.Close())
 	}
 	p.health = healthcheck.New(healthcheck.Config{Listen: p.listen, Log: cfg.Log})
-	p.dns = dns.New(dns.Config{ResolvConf: cfg.ResolvConf, Stubs: cfg.Stubs, Dial: p.dial, Registerer: cfg.Registerer, Log: cfg.Log})
 	return p, nil
 }
 
@@ -199,23 +185,15 @@ func (p *Plane) Set(ctx context.Context, d Desired) error {
 		errs = append(errs, p.prepare(&table))
 	}
 	self, peers := render.Peers(d)
-	if p.want == nil || !p.self.Equal(self) || !slices.EqualFunc(p.peers, peers, render.Peer.Equal) {
-		errs = append(errs, p.lead(self, peers))
+	if p.want == nil || !p.self.Equal(self) || !slices.EqualFunc(p.peers, peers, render.Peer.Equal) || !slices.Equal(p.want.Cluster, table.Cluster) {
+		errs = append(errs, p.lead(self, peers, table.Cluster))
 	}
 	errs = append(errs, p.policies.set(ctx, d), p.sync(ctx, table))
 	if announced := announcedBy(d); p.want == nil || !slices.Equal(p.announced, announced) {
 		errs = append(errs, p.call(announced)) // once the services are there
 	}
-	p.dns.Set(d)
 	p.checks = render.HealthChecks(d)
 	p.answer(ctx)
-	if p.address != d.DNS {
-		p.address = d.DNS
-		select {
-		case p.moved <- struct{}{}:
-		default:
-		}
-	}
 	if err := errors.Join(errs...); err != nil {
 		p.want = nil // so that the next Set tries all of it
 		return fmt.Errorf("set network: %w", err)
@@ -285,8 +263,8 @@ func (p *Plane) prepare(t *render.Table) error {
 }
 
 // lead makes routes to the pods of other nodes, unless the user's own network does that,
-// and gives pods interfaces that fit.
-func (p *Plane) lead(self render.Peer, peers []render.Peer) error {
+// and gives pods interfaces that fit. All pods are in cluster.
+func (p *Plane) lead(self render.Peer, peers []render.Peer, cluster []netip.Prefix) error {
 	if len(self.Addrs) == 0 { // this node has not said yet where it is: what is there stays
 		have, err := p.networks.PodCIDRs()
 		if err != nil || len(have) > 0 {
@@ -299,7 +277,7 @@ func (p *Plane) lead(self render.Peer, peers []render.Peer) error {
 		return err
 	}
 	if !own {
-		peers = nil
+		peers, cluster = nil, nil
 		if p.key != "" { // it was ours at the start
 			p.log.Error("pod traffic is not encrypted", "err", errOwnNetwork)
 		}
@@ -307,7 +285,7 @@ func (p *Plane) lead(self render.Peer, peers []render.Peer) error {
 	var plan overlay.Plan
 	err = netspace.Do(p.cfg.NetNS, func() (err error) {
 		var n int
-		plan, n, err = p.overlay.Sync(self, peers)
+		plan, n, err = p.overlay.Sync(self, peers, cluster)
 		if n > 0 {
 			p.log.Info("routes to other nodes", "nodes", len(peers), "wrapped", len(plan.Peers), "encrypted", plan.Encrypts(), "changes", n)
 		}
@@ -343,6 +321,9 @@ func (p *Plane) sync(ctx context.Context, t render.Table) error {
 // primary one first. See cni.Networks.Attach. What network policies say about the pod is
 // then in force: nothing in it may run before. It waits for the first Set, but not long.
 func (p *Plane) Attach(ctx context.Context, pod *corev1.Pod, netns string) ([]netip.Addr, error) {
+	if err := p.policies.await(ctx); err != nil { // which also says where pods get their addresses
+		return nil, fmt.Errorf("attach pod %s/%s: %w", pod.Namespace, pod.Name, err)
+	}
 	addrs, err := p.networks.Attach(ctx, pod, netns)
 	if err != nil {
 		return nil, err
@@ -373,11 +354,10 @@ func (p *Plane) Attached(ctx context.Context) ([]types.UID, error) {
 	return p.networks.Attached(ctx)
 }
 
-// Run serves DNS and repairs what others change, until ctx ends; then it returns
-// the cause. It does nothing before the first Set.
+// Run repairs what others change, until ctx ends; then it returns the cause. It does
+// nothing before the first Set.
 func (p *Plane) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
-	wg.Go(func() { p.serveDNS(ctx) })
 	wg.Go(func() { p.watch(ctx) })
 	wg.Go(func() { p.collect(ctx) })
 	wg.Go(func() { p.tell(ctx) })
@@ -430,7 +410,7 @@ func (p *Plane) Repair(ctx context.Context) error {
 		return nil
 	}
 	p.answer(ctx)
-	if err := errors.Join(p.prepare(p.want), p.lead(p.self, p.peers), p.call(p.announced)); err != nil {
+	if err := errors.Join(p.prepare(p.want), p.lead(p.self, p.peers, p.want.Cluster), p.call(p.announced)); err != nil {
 		return err
 	}
 	if err := p.policies.repair(ctx); err != nil {

@@ -26,13 +26,21 @@ import (
 
 	"decree.dev/decree/netplane"
 	clusterdns "decree.dev/decree/netplane/dns"
+	"decree.dev/decree/netplane/front"
 	"decree.dev/decree/netplane/netplanetest"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
 )
 
-// TestMain is two programs: the tests, and an agent that some of them run.
+// TestMain is three programs: the tests, an agent that some of them run, and its servers.
 func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == front.Verb {
+		if err := front.Main(context.Background()); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	if folder := os.Getenv(agentVariable); folder != "" {
 		os.Exit(runAgent(folder))
 	}
@@ -72,7 +80,7 @@ func pod(name string) *corev1.Pod {
 	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: name, UID: types.UID("uid-" + name)}}
 }
 
-// node is a network namespace with a Plane in it.
+// node is a network namespace with a Plane and servers in it.
 type node struct {
 	t             *testing.T
 	netns         string
@@ -80,6 +88,8 @@ type node struct {
 	router        string // of those
 	cfg           netplane.Config
 	plane         *netplane.Plane
+	serving       front.Config
+	servers       *front.Servers
 	stop          func()
 }
 
@@ -87,9 +97,9 @@ func newNode(t *testing.T) *node {
 	n := &node{t: t, netns: netspacetest.Namespace(t, "node")}
 	dir := t.TempDir()
 	n.cfg = netplane.Config{
-		DataDir: filepath.Join(dir, "netplane"), CNIConfDir: filepath.Join(dir, "user"), ResolvConf: filepath.Join(dir, "resolv.conf"),
-		NetNS: n.netns, Log: slog.New(slog.DiscardHandler),
+		DataDir: filepath.Join(dir, "netplane"), CNIConfDir: filepath.Join(dir, "user"), NetNS: n.netns, Log: slog.New(slog.DiscardHandler),
 	}
+	n.serving = front.Config{ResolvConf: filepath.Join(dir, "resolv.conf"), NetNS: n.netns}
 	return n
 }
 
@@ -101,11 +111,17 @@ func (n *node) start() {
 	if n.plane, err = netplane.New(n.cfg); err != nil {
 		n.t.Fatal(err)
 	}
+	if n.servers, err = front.New(n.serving, &front.Sockets{NetNS: n.netns}, nil, n.cfg.Log); err != nil {
+		n.t.Fatal(err)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- n.plane.Run(ctx) }()
+	var serving sync.WaitGroup
+	serving.Go(func() { n.servers.Run(ctx) })
 	n.stop = sync.OnceFunc(func() {
 		cancel()
+		serving.Wait()
 		if err := <-ended; !errors.Is(err, context.Canceled) {
 			n.t.Errorf("Run: %v", err)
 		}
@@ -118,6 +134,7 @@ func (n *node) start() {
 
 func (n *node) set(d netplane.Desired) {
 	n.t.Helper()
+	n.servers.Set(front.Objects{Desired: d})
 	if err := n.plane.Set(n.t.Context(), d); err != nil {
 		n.t.Fatal(err)
 	}
@@ -448,7 +465,7 @@ func TestStub(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n.cfg.Stubs = []clusterdns.Stub{stub}
+	n.serving.Stubs = []clusterdns.Stub{stub}
 	n.start()
 	n.set(desired())
 	if m := ask(t, n.netns, "udp", name, dns.TypeA); len(m.Answer) != 1 || m.Answer[0].(*dns.A).A.String() != "192.0.2.9" {

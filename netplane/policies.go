@@ -189,8 +189,8 @@ func (k *keeper) cluster() policy.Cluster {
 	return c
 }
 
-// attached makes what policies say about a pod be in force.
-func (k *keeper) attached(ctx context.Context, pod *corev1.Pod, addrs []netip.Addr) error {
+// await waits for the first set, but not long.
+func (k *keeper) await(ctx context.Context) error {
 	patience := time.NewTimer(policyPatience)
 	defer patience.Stop()
 	select {
@@ -200,6 +200,11 @@ func (k *keeper) attached(ctx context.Context, pod *corev1.Pod, addrs []netip.Ad
 	case <-ctx.Done():
 		return fmt.Errorf("%w: %w", errPoliciesUnknown, context.Cause(ctx))
 	}
+	return nil
+}
+
+// attached makes what policies say about a pod be in force. The first set has been.
+func (k *keeper) attached(ctx context.Context, pod *corev1.Pod, addrs []netip.Addr) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.pods[pod.UID] = attachment{pod, addrs}

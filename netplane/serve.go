@@ -2,26 +2,13 @@ package netplane
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
-	"net/netip"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
 	"decree.dev/decree/netplane/netspace"
-	"decree.dev/decree/netplane/render"
 )
-
-// dial opens a connection from the node.
-func (p *Plane) dial(ctx context.Context, network, address string) (c net.Conn, err error) {
-	err = netspace.Do(p.cfg.NetNS, func() error {
-		c, err = (&net.Dialer{}).DialContext(ctx, network, address)
-		return err
-	})
-	return c, err
-}
 
 // listen opens a port on all addresses of the node.
 func (p *Plane) listen(ctx context.Context, port uint16) (ln net.Listener, err error) {
@@ -46,81 +33,7 @@ func (p *Plane) answer(ctx context.Context) {
 	p.unchecked = text
 }
 
-// errMoved ends a server whose address changed.
-var errMoved = errors.New("cluster DNS has another address")
-
-// serveDNS keeps a server on the cluster DNS address, whatever that is at a time.
-func (p *Plane) serveDNS(ctx context.Context) {
-	const first, longest = 100 * time.Millisecond, 10 * time.Second
-	retry := first
-	for ctx.Err() == nil {
-		p.mu.Lock()
-		addr := p.address
-		select {
-		case <-p.moved: // this is about to be served
-		default:
-		}
-		p.mu.Unlock()
-		var again <-chan time.Time
-		if addr.IsValid() {
-			start := time.Now()
-			err := p.serveAt(ctx, addr)
-			if ctx.Err() != nil {
-				return
-			}
-			if errors.Is(err, errMoved) {
-				retry = first
-				continue
-			}
-			p.log.Error("cluster DNS does not answer; will try again", "address", addr, "in", retry, "err", err)
-			if time.Since(start) > longest {
-				retry = first
-			}
-			again = time.After(retry)
-			retry = min(2*retry, longest)
-		}
-		select {
-		case <-ctx.Done():
-		case <-p.moved:
-		case <-again:
-		}
-	}
-}
-
-// serveAt serves until ctx ends, the address changes or a socket fails.
-func (p *Plane) serveAt(ctx context.Context, addr netip.Addr) error {
-	at := netip.AddrPortFrom(addr, render.DNSPort).String()
-	var pc net.PacketConn
-	var ln net.Listener
-	err := netspace.Do(p.cfg.NetNS, func() (err error) {
-		var lc net.ListenConfig
-		if pc, err = lc.ListenPacket(ctx, "udp", at); err != nil {
-			return err
-		}
-		if ln, err = lc.Listen(ctx, "tcp", at); err != nil {
-			return errors.Join(err, pc.Close())
-		}
-		return nil
-	})
-	if err != nil {
-		return fmt.Errorf("listen: %w", err)
-	}
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	ended := make(chan error, 1)
-	go func() { ended <- p.dns.Serve(ctx, pc, ln) }()
-	p.log.Info("cluster DNS answers", "address", at)
-	select {
-	case err = <-ended:
-		return err
-	case <-p.moved:
-		cancel(errMoved)
-	case <-ctx.Done():
-	}
-	return <-ended
-}
-
-// metrics of the plane; those of DNS are its own.
+// metrics of the plane.
 type metrics struct {
 	sync                        prometheus.Histogram
 	operations, failures, drift prometheus.Counter

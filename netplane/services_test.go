@@ -16,7 +16,7 @@ import (
 // TestNodesServices: node ports and a load balancer's address on three nodes, as clients
 // beyond the router, pods and nodes see them. Pods are on the first and the third.
 func TestNodesServices(t *testing.T) {
-	nodes := machines(t, 3, netplane.EncryptNothing)
+	nodes := machines(t, 3)
 	for _, n := range nodes {
 		n.set(desiredOn(n, nodes))
 	}
@@ -92,7 +92,7 @@ func TestNodesServices(t *testing.T) {
 // TestAnnounced: an address of the nodes' own network is found by who asks for it there,
 // and found elsewhere once the node that announced it is lost.
 func TestAnnounced(t *testing.T) {
-	nodes := machines(t, 4, netplane.EncryptNothing) // the last one is in another network, and holds the endpoint
+	nodes := machines(t, 4) // the last one is in another network, and holds the endpoint
 	for _, n := range nodes {
 		n.set(desiredOn(n, nodes))
 	}

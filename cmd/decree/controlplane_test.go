@@ -41,6 +41,7 @@ type controlPlane struct {
 type serverProcess struct {
 	name, netns, link, address, data string
 	binary                           string   // "": that of all
+	run                              string   // of an agent: where its sandboxes are
 	flags                            []string // of an agent, to start it once more
 	cmd                              *exec.Cmd
 	ended                            chan struct{}

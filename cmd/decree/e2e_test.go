@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -109,7 +111,9 @@ func TestTranscript(t *testing.T) {
 	if busy := w.machine(t); busy == w.before {
 		t.Error("the description of the machine does not see a running cluster: it cannot show that nothing is left")
 	}
-	w.must(t, "decree down --purge")
+	if out := w.must(t, "decree down --purge"); strings.Contains(out, "level=") {
+		t.Errorf("down complains: %s", out)
+	}
 	w.nothingLeft(t)
 }
 
@@ -156,6 +160,35 @@ type world struct {
 	serviceIP        string
 }
 
+// builtOnce is bin/ as the README's commands make it, for all worlds; see built.
+var builtOnce struct {
+	sync.Mutex
+	dir string
+}
+
+// built returns a folder with bin/, which TestMain removes.
+func built(t *testing.T) string {
+	t.Helper()
+	builtOnce.Lock()
+	defer builtOnce.Unlock()
+	if builtOnce.dir != "" {
+		return builtOnce.dir
+	}
+	dir, err := os.MkdirTemp("/tmp", "decree-built-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin := filepath.Join(dir, "bin")
+	sh(t, root, "go", "build", "-o", filepath.Join(bin, "decree"), "./cmd/decree")
+	sh(t, root, "env", "CGO_ENABLED=0", "go", "build", "-ldflags=-s -w", "-o", filepath.Join(bin, "hello"), "./examples/hello/server")
+	if err := errors.Join(os.Symlink("decree", filepath.Join(bin, "git-remote-decree")), os.Mkdir(filepath.Join(bin, "images"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	sh(t, dir, "bin/decree", "image", "pack", "bin/hello", "--name", "decree.dev/hello:v1", "--output", "bin/images/hello.tar")
+	builtOnce.dir = dir
+	return dir
+}
+
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	if os.Geteuid() != 0 {
@@ -169,16 +202,7 @@ func newWorld(t *testing.T) *world {
 	t.Cleanup(func() { w.cleanup(t) })
 	sh(t, "", "ip", "netns", "add", w.netns)
 	sh(t, "", "ip", "-n", w.netns, "link", "set", "lo", "up")
-	bin := filepath.Join(dir, "bin")
-	sh(t, root, "go", "build", "-o", filepath.Join(bin, "decree"), "./cmd/decree")
-	sh(t, root, "env", "CGO_ENABLED=0", "go", "build", "-ldflags=-s -w", "-o", filepath.Join(bin, "hello"), "./examples/hello/server")
-	if err := os.Symlink("decree", filepath.Join(bin, "git-remote-decree")); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Mkdir(filepath.Join(bin, "images"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	sh(t, dir, "bin/decree", "image", "pack", "bin/hello", "--name", "decree.dev/hello:v1", "--output", "bin/images/hello.tar")
+	sh(t, built(t), "cp", "-a", "bin", dir)
 	sh(t, root, "cp", "-r", "examples", dir)
 	w.ownProcessesOnly(t)
 	w.before = w.machine(t)
@@ -237,9 +261,9 @@ func (w *world) command(args ...string) *exec.Cmd {
 }
 
 // up starts `decree up` and waits until it says that the example is healthy.
-func (w *world) up(t *testing.T) {
+func (w *world) up(t *testing.T, flags ...string) {
 	t.Helper()
-	w.daemon = w.command("bin/decree", "up", "--repo", "examples/hello", "--images", "bin/images", "--log-level", "debug")
+	w.daemon = w.command(append([]string{"bin/decree", "up", "--repo", "examples/hello", "--images", "bin/images", "--log-level", "debug"}, flags...)...)
 	log, err := os.OpenFile(w.logFile, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
 	if err != nil {
 		t.Fatal(err)

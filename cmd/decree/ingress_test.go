@@ -18,6 +18,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/miekg/dns"
 )
 
 // tlsManifest adds a certificate to examples/ingress.
@@ -94,8 +96,45 @@ func TestIngress(t *testing.T) {
 		contains(t, l.push(t, "site.cue", strings.Replace(before, "replicas: 2", fmt.Sprintf("replicas: %d\n\tenv: ROUND: \"%d\"", 2+n, n), 1)), "healthy after")
 	}
 	s.check(t)
+	testServersOutlive(t, l, &http.Client{Timeout: 5 * time.Second, Transport: tr})
 
 	l.must(t, "git rm -q tls.cue && sed -i '/^front:/,$d' site.cue && git commit -qam 'no ingress' && git push")
 	l.untilGood(t, "ss -Hltun 'sport = :80 or sport = :443'", func(out string) bool { return out == "" })
 	l.end(t)
+}
+
+// testServersOutlive kills decree, starts it again, and starts one with another configuration,
+// under load: nobody who asks the node for a name or an Ingress notices.
+func testServersOutlive(t *testing.T, l *live, client *http.Client) {
+	t.Helper()
+	web := startLoadBy(t, client, "https://hello.example/")
+	names := startLoadOf(t, func() error {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		conn, err := l.dial(ctx, "udp", "10.97.0.10:53")
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		m, _, err := new(dns.Client).ExchangeWithConn(new(dns.Msg).SetQuestion("hello.default.svc.cluster.local.", dns.TypeA), &dns.Conn{Conn: conn})
+		if err == nil && len(m.Answer) != 1 {
+			err = fmt.Errorf("%s", m)
+		}
+		return err
+	})
+	if err := l.daemon.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-l.exited
+	web.goOn(t, 200)
+	names.goOn(t, 200)
+	l.up(t)
+	web.goOn(t, 200)
+	l.stop(t)
+	l.up(t, "--ingress-access-log", filepath.Join(l.dir, "access.log"))
+	web.goOn(t, 200)
+	names.goOn(t, 200)
+	web.check(t)
+	names.check(t)
+	l.until(t, "curl -sS --max-time 5 -o /dev/null -H 'Host: hello.example' http://127.0.0.1/; tail -n1 "+filepath.Join(l.dir, "access.log"), "hello.example")
 }

@@ -72,6 +72,8 @@ func (l *live) kubectlLook(t *testing.T, pod string) {
 	contains(t, l.ok(t, "$K describe pod "+pod), "Controlled By:", "ReplicaSet/shell-", "Restart Count:  0", "Assigned default/"+pod, "Started container side")
 	contains(t, l.ok(t, "$K get events"), "Started container main")
 	contains(t, l.ok(t, "$K get nodes -o wide"), "Ready", "127.0.0.1", "containerd://")
+	node := strings.TrimSpace(l.ok(t, "$K get nodes -o name")) // it is of the server's process: both tell of themselves
+	contains(t, l.ok(t, "$K get --raw /api/v1/nodes/"+strings.TrimPrefix(node, "node/")+"/proxy/metrics"), "decree_agent_pods ", "decree_netplane_", "decree_dns_", "decree_store_", "go_goroutines ")
 	contains(t, l.ok(t, "$K rollout status deployment/shell --timeout=10s"), "successfully rolled out")
 	contains(t, l.ok(t, "$K wait --for=condition=Ready pod/"+pod+" --timeout=10s"), "condition met")
 }

@@ -11,7 +11,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -70,7 +73,24 @@ door: {apiVersion: "v1", kind: "Pod", metadata: name: "door", spec: {nodeSelecto
 	for _, from := range []string{nodes[0].netns, nodes[1].netns, s.netns} {
 		fetch(t, from, planeSubnet+"102:80")
 	}
+	for node, pods := range map[string]string{"n1": "1", "n2": "2"} { // n2 has the one with the host port, too
+		out, err := scrape(p, s, node)
+		for _, want := range []string{"\ndecree_agent_pods " + pods + "\n", "\ndecree_netplane_", "\ndecree_dns_", "\ndecree_ingress_", "\ngo_goroutines ", "\nprocess_resident_memory_bytes "} {
+			if err != nil || !strings.Contains(out, want) {
+				t.Errorf("metrics of %s: %v, %q is missing in\n%s", node, err, want, out)
+			}
+		}
+	}
+	if out, err := scrape(p, s, "n3"); err == nil || !strings.Contains(out, `nodes "n3" not found`) {
+		t.Errorf("metrics of a node that is not there: %v, %s", err, out)
+	}
 	testNetcheck(t, p, s, nodes)
+}
+
+// scrape asks for the metrics of a node, as people do who come from Kubernetes.
+func scrape(p *controlPlane, at *serverProcess, node string) (string, error) {
+	kubectl := filepath.Join(root, "bin/debian/usr/bin/kubectl")
+	return p.attempt(at, kubectl, "--kubeconfig", filepath.Join(at.data, "admin.kubeconfig"), "get", "--raw", "/api/v1/nodes/"+node+"/proxy/metrics")
 }
 
 // testNetcheck: all is well on two nodes; a link that is cut fails in both directions, and
@@ -98,6 +118,8 @@ func testNetcheck(t *testing.T, p *controlPlane, s *serverProcess, nodes []*serv
 	if out := p.run(s, p.binary, "netcheck"); !strings.Contains(out, "POD TO POD ON   n1") || !strings.Contains(out, "all well") {
 		t.Errorf("for people:\n%s", out)
 	}
+
+	testUDP(t, p, s, nodes, check)
 
 	neighbour := func(verb string, rest ...string) {
 		p.run(s, append([]string{"ip", "-n", nodes[0].netns, "neigh", verb, planeSubnet + "102", "dev", "eth0"}, rest...)...)
@@ -136,6 +158,9 @@ func testNetcheck(t *testing.T, p *controlPlane, s *serverProcess, nodes []*serv
 	if r, err = check(); err == nil || r.OK || !strings.Contains(r.Nodes[1].Error, "agent is not connected") {
 		t.Errorf("without an agent: %v, %+v", err, r)
 	}
+	if out, err := scrape(p, s, "n2"); err == nil || !strings.Contains(out, "agent of this node is not connected") {
+		t.Errorf("metrics of a node without an agent: %v, %s", err, out)
+	}
 
 	// It says more of itself when it is back.
 	p.launch(nodes[1], "agent", append(nodes[1].flags, "--zone", "west")...)
@@ -149,6 +174,90 @@ func testNetcheck(t *testing.T, p *controlPlane, s *serverProcess, nodes []*serv
 	if r, err = check(); err != nil || !r.OK {
 		t.Errorf("with its agent again: %v, %+v", err, r)
 	}
+}
+
+// testUDP: what a service that takes UDP does with a datagram comes back through what balances
+// it, also from another node: an answer, nothing, and that nobody listens.
+func testUDP(t *testing.T, p *controlPlane, s *serverProcess, nodes []*serverProcess, check func() (netcheck.Report, error)) {
+	const loud = `package hello
+
+loud: {apiVersion: "v1", kind: "Service", metadata: name: "loud", spec: {selector: app: "hello", ports: [{port: 9, targetPort: 8080, protocol: "UDP"}]}}
+`
+	path := filepath.Join(p.dir, "repo/loud.cue")
+	if err := os.WriteFile(path, []byte(loud), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	var conns []net.PacketConn
+	var ended sync.WaitGroup
+	var quiet atomic.Bool
+	stop := func() {
+		for _, c := range conns {
+			c.Close()
+		}
+		ended.Wait()
+	}
+	defer stop()
+	for _, n := range nodes { // in the pods' own networks, whatever runs in them
+		sandboxes, err := filepath.Glob(filepath.Join(n.run, "sandboxes/*/*/net"))
+		if err != nil || len(sandboxes) == 0 {
+			t.Fatalf("no pods on %s: %v", n.name, err)
+		}
+		for _, sandbox := range sandboxes {
+			err := netspace.Do(sandbox, func() error {
+				c, err := net.ListenPacket("udp", ":8080")
+				if err == nil {
+					conns = append(conns, c)
+				}
+				return err
+			})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, c := range conns {
+		ended.Go(func() {
+			for buf := make([]byte, 9); ; {
+				_, from, err := c.ReadFrom(buf)
+				if err != nil {
+					return
+				}
+				if !quiet.Load() {
+					_, _ = c.WriteTo([]byte("what?"), from) // the check tells
+				}
+			}
+		})
+	}
+	p.commit(s, "loud")
+	// until has the check repeated until it says of the service from both nodes what is wanted.
+	until := func(what string, want func(netcheck.Check) bool) (r netcheck.Report, err error) {
+		t.Helper()
+		for end := time.Now().Add(60 * time.Second); time.Now().Before(end); { // see ask
+			r, err = check()
+			tried := slices.DeleteFunc(slices.Clone(r.Checks), func(c netcheck.Check) bool { return c.To != "default/loud:9/UDP" })
+			if len(tried) == 2 && want(tried[0]) && want(tried[1]) {
+				return r, err
+			}
+		}
+		t.Fatalf("%s: %+v", what, r)
+		return r, err
+	}
+	if r, err := until("an answer", func(c netcheck.Check) bool { return c.Error == "" && c.Latency > 0 && !c.Silent }); err != nil || !r.OK {
+		t.Errorf("a service that answers: %v, %+v", err, r)
+	}
+	quiet.Store(true)
+	if r, err := until("silence", func(c netcheck.Check) bool { return c.Error == "" && c.Latency == 0 && c.Silent }); err != nil || !r.OK {
+		t.Errorf("a service that has nothing to say: %v, %+v", err, r)
+	}
+	stop()
+	r, err := until("refusal", func(c netcheck.Check) bool { return strings.Contains(c.Error, "connection refused") && !c.Silent })
+	if err == nil || r.OK || !strings.Contains(strings.Join(r.Advice, "\n"), "decree describe service loud -n default") {
+		t.Errorf("a service that nobody listens at: %v, %+v", err, r)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	p.commit(s, "no longer loud")
 }
 
 // fetch asks a web server from a network namespace, on a new connection.
@@ -188,6 +297,7 @@ func (p *controlPlane) agent(name string, host int, server *serverProcess) *serv
 	a := p.machine(name, host)
 	p.agents = append(p.agents, a)
 	run := shortFolder(t)
+	a.run = run
 	t.Cleanup(func() {
 		_ = a.cmd.Process.Signal(syscall.SIGTERM)
 		<-a.ended

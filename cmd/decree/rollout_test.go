@@ -41,12 +41,18 @@ func (w *world) dial(ctx context.Context, network, address string) (conn net.Con
 
 func startLoadBy(t *testing.T, client *http.Client, url string) *load {
 	t.Helper()
+	return startLoadOf(t, func() error { return ask(client, url) })
+}
+
+// startLoadOf asks four times at a time in any way.
+func startLoadOf(t *testing.T, ask func() error) *load {
+	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	s := &load{stop: cancel}
 	for range 4 {
 		s.group.Go(func() {
 			for ctx.Err() == nil {
-				err := ask(client, url)
+				err := ask()
 				s.mu.Lock()
 				if err == nil {
 					s.served++
@@ -73,6 +79,22 @@ func ask(client *http.Client, url string) error {
 		return fmt.Errorf("status %s", resp.Status)
 	}
 	return nil
+}
+
+// goOn waits until so many more requests were asked.
+func (s *load) goOn(t *testing.T, more int) {
+	t.Helper()
+	count := func() int {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.served + len(s.failed)
+	}
+	target := count() + more
+	for end := time.Now().Add(time.Minute); count() < target; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("nobody asks any more")
+		}
+	}
 }
 
 // check ends the stream. Not one request may have failed.

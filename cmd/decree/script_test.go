@@ -23,9 +23,19 @@ import (
 	"decree.dev/decree/raftstore/client"
 )
 
+// tests are all of them, and what is to be removed after them.
+type tests struct{ *testing.M }
+
+// Run implements testscript.TestingM.
+func (t tests) Run() int {
+	code := t.M.Run()
+	os.RemoveAll(builtOnce.dir)
+	return code
+}
+
 // TestMain makes this test binary the commands that the scripts call.
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"decree": main, "git-remote-decree": main})
+	testscript.Main(tests{m}, map[string]func(){"decree": main, "git-remote-decree": main})
 }
 
 // TestScripts runs the command line as a user would: testdata/script/*.txtar. A

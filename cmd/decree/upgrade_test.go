@@ -16,6 +16,7 @@ import (
 
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/raftstore/membership"
 	"decree.dev/decree/raftstore/peer"
 	"decree.dev/decree/schemas/api"
 )
@@ -64,10 +65,17 @@ func TestServersUpgrade(t *testing.T) {
 		}
 	}
 	p.lead(p.servers[0])
-	if err := large(t.Context(), peers, p.servers[0].address, "late"); err != nil {
+	var err error
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) { // see ask
+		if err = large(t.Context(), peers, p.servers[0].address, "late"); err == nil {
+			break
+		}
+	}
+	if err != nil {
 		t.Errorf("all servers are upgraded, a large transaction: %v", err)
 	}
 	acknowledged.Store("late-0", true)
+	p.misnote(peers, p.servers[2])
 
 	s := p.servers[2]
 	s.binary = ""
@@ -112,6 +120,44 @@ func (p *controlPlane) lead(s *serverProcess) {
 		}
 	}
 	p.t.Fatalf("%s does not lead", s.name)
+}
+
+// misnote has the cluster note of a server what it may have said before it was upgraded, and
+// sees that the server mends that.
+func (p *controlPlane) misnote(peers *peer.Client, s *serverProcess) {
+	p.t.Helper()
+	find := func() membership.Server {
+		for _, r := range p.members() {
+			if r.Node == s.name {
+				return r
+			}
+		}
+		p.t.Fatalf("%s is no member", s.name)
+		return membership.Server{}
+	}
+	ctx, cancel := context.WithTimeout(p.t.Context(), 10*time.Second)
+	defer cancel()
+	before := find()
+	o := &api.Server{Status: api.ServerStatus{Version: "v0.0.1", Format: command.Newest}}
+	o.Name = before.ID
+	o.GetObjectKind().SetGroupVersionKind(api.GroupVersion.WithKind("Server"))
+	data, err := command.EncodeTxn(&command.Txn{
+		Key: "misnote", Time: time.Now().UnixMilli(), Actor: "server/" + s.name, Mutations: []api.Mutation{{Verb: api.UpdateStatus, Key: api.KeyOf(o), Object: o}},
+	})
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	r, err := peers.Propose(ctx, p.servers[0].address, data)
+	if err := errors.Join(err, r.Err()); err != nil {
+		p.t.Fatal(err)
+	}
+	now := find()
+	for end := time.Now().Add(30 * time.Second); now.Version != before.Version && time.Now().Before(end); time.Sleep(20 * time.Millisecond) { // see ask
+		now = find()
+	}
+	if now.Version != before.Version {
+		p.t.Errorf("%s is noted as %+v, and leaves it at that; before: %+v", s.name, now, before)
+	}
 }
 
 // large writes three objects in one transaction that takes several log entries.

@@ -31,6 +31,9 @@ const (
 	// tcpIdle is how long a connection may be without a query (RFC 7766, 6.2.3), and
 	// tcpStall how long a message may take.
 	tcpIdle, tcpStall = 10 * time.Second, 5 * time.Second
+	// tcpLast is how long the queries of a connection are read when the server ends: some may
+	// be on their way.
+	tcpLast = time.Second
 )
 
 // park copies the query that a worker read, for as long as it takes to answer it.
@@ -55,7 +58,8 @@ func newDatagrams(n int) *datagrams {
 	return d
 }
 
-// serveUDP answers datagrams until ctx ends or the socket fails. There is one such loop for
+// serveUDP answers datagrams until reading from the socket fails, and works for them until ctx
+// ends. There is one such loop for
 // a socket: several would wake each other for every packet.
 func (s *Server) serveUDP(ctx context.Context, conn *net.UDPConn, busy *sync.WaitGroup) error {
 	pc := ipv4.NewPacketConn(conn) // receives and sends IPv6 as well
@@ -120,8 +124,9 @@ func (s *Server) later(ctx context.Context, q *query, from netip.Addr, busy *syn
 	})
 }
 
-// serveTCP accepts connections until ctx ends or the listener fails.
-func (s *Server) serveTCP(ctx context.Context, ln net.Listener, busy *sync.WaitGroup) error {
+// serveTCP accepts connections until the listener fails, reads queries from them until ctx
+// ends, and works for those until work ends.
+func (s *Server) serveTCP(ctx, work context.Context, ln net.Listener, busy *sync.WaitGroup) error {
 	open := quota{most: maxConns, each: maxClientConns}
 	for {
 		conn, err := ln.Accept()
@@ -137,7 +142,7 @@ func (s *Server) serveTCP(ctx context.Context, ln net.Listener, busy *sync.WaitG
 		busy.Go(func() {
 			defer open.give(from)
 			c := &tcpConn{server: s, Conn: conn, from: from}
-			if err := c.serve(ctx); err != nil && !errors.Is(err, io.EOF) {
+			if err := c.serve(ctx, work); err != nil && !errors.Is(err, io.EOF) {
 				s.log.Debug("dns connection ended", "from", conn.RemoteAddr(), "err", err)
 			}
 		})
@@ -150,11 +155,12 @@ type tcpConn struct {
 	net.Conn
 	server  *Server
 	from    netip.Addr
+	last    time.Time // when the reading of queries ends; zero: not yet
 	writing sync.Mutex
 }
 
-func (c *tcpConn) serve(ctx context.Context) error {
-	stop := context.AfterFunc(ctx, func() { c.Close() })
+func (c *tcpConn) serve(ctx, work context.Context) error {
+	stop := context.AfterFunc(ctx, func() { _ = c.SetReadDeadline(time.Now().Add(tcpLast)) })
 	var busy sync.WaitGroup
 	pipelined := make(chan struct{}, maxPipelined)
 	defer func() { // what waits is answered even if the client has sent all it had to say
@@ -166,7 +172,7 @@ func (c *tcpConn) serve(ctx context.Context) error {
 	buf := make([]byte, 0, 512)
 	for {
 		var err error
-		if buf, err = c.readMessage(buf); err != nil {
+		if buf, err = c.readMessage(ctx, buf); err != nil {
 			return err
 		}
 		begun := time.Now()
@@ -177,7 +183,7 @@ func (c *tcpConn) serve(ctx context.Context) error {
 				q := w.park()
 				busy.Go(func() {
 					defer func() { <-pipelined; c.server.waiting.give(c.from) }()
-					c.later(ctx, q, begun)
+					c.later(work, q, begun)
 				})
 				continue
 			}
@@ -200,10 +206,17 @@ func (c *tcpConn) later(ctx context.Context, q *query, begun time.Time) {
 	c.server.metrics.latency.Observe(time.Since(begun).Seconds())
 }
 
-// readMessage reads one message into buf, which it may replace.
-func (c *tcpConn) readMessage(buf []byte) ([]byte, error) {
+// readMessage reads one message into buf, which it may replace. When ctx has ended, it does not
+// wait for long.
+func (c *tcpConn) readMessage(ctx context.Context, buf []byte) ([]byte, error) {
 	var length [2]byte
 	_ = c.SetReadDeadline(time.Now().Add(tcpIdle))
+	if ctx.Err() != nil {
+		if c.last.IsZero() {
+			c.last = time.Now().Add(tcpLast)
+		}
+		_ = c.SetReadDeadline(c.last)
+	}
 	if _, err := io.ReadFull(c, length[:]); err != nil {
 		return nil, err
 	}

@@ -301,8 +301,9 @@ func (s *Server) goOn(ctx context.Context, resp *dns.Msg, name string, q *query)
 	return nil
 }
 
-// Serve answers on both sockets until ctx ends, and then closes them. An error
-// means that one of them stopped working. Only one Serve may run at a time.
+// Serve answers on both sockets until ctx ends. Queries that have come by then are still
+// answered, which takes 10 seconds at most; then both are closed. An error means that one of
+// them stopped working. Only one Serve may run at a time.
 func (s *Server) Serve(ctx context.Context, pc net.PacketConn, ln net.Listener) error {
 	udp, ok := pc.(*net.UDPConn)
 	if !ok {
@@ -310,14 +311,19 @@ func (s *Server) Serve(ctx context.Context, pc net.PacketConn, ln net.Listener) 
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
-	var busy sync.WaitGroup
-	busy.Go(func() { cancel(s.serveUDP(ctx, udp, &busy)) })
-	busy.Go(func() { cancel(s.serveTCP(ctx, ln, &busy)) })
-	busy.Go(func() { s.forward.watch(ctx) })
+	work, drop := context.WithCancel(context.WithoutCancel(ctx))
+	defer drop()
+	var busy, watching sync.WaitGroup
+	busy.Go(func() { cancel(s.serveUDP(work, udp, &busy)) })
+	busy.Go(func() { cancel(s.serveTCP(ctx, work, ln, &busy)) })
+	watching.Go(func() { s.forward.watch(work) })
 	<-ctx.Done()
-	_, _ = pc.Close(), ln.Close()
+	_, _ = ln.Close(), udp.SetReadDeadline(time.Unix(1, 0)) // others may have the same socket
 	busy.Wait()
+	drop()
+	watching.Wait()
 	s.forward.busy.Wait()
 	s.forward.close()
+	_ = pc.Close()
 	return fmt.Errorf("dns server: %w", context.Cause(ctx))
 }

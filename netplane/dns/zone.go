@@ -11,7 +11,6 @@ import (
 	"github.com/miekg/dns"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/netplane/render"
 )
@@ -161,14 +160,14 @@ type update struct {
 
 // list finds what is dirty, and brings the slices up to date.
 func (up *update) list(z *zone, d render.Desired) {
-	gone, come := changes(z.lists.services, d.Services)
+	gone, come := render.Changes(z.lists.services, d.Services)
 	for _, svc := range gone {
 		up.dirty[key{svc.Namespace, svc.Name}] = nil
 	}
 	for _, svc := range come {
 		up.dirty[key{svc.Namespace, svc.Name}] = svc
 	}
-	lost, found := changes(z.lists.slices, d.Slices)
+	lost, found := render.Changes(z.lists.slices, d.Slices)
 	for _, s := range lost {
 		up.slices.Delete(treeKey(s.Namespace, s.Labels[discoveryv1.LabelServiceName], s.Name))
 		up.touch(s)
@@ -275,30 +274,4 @@ func (z *zone) names(a netip.Addr) (names []string) {
 // differently.
 func (z *zone) sameNames(other *zone) bool {
 	return z.domain == other.domain && slices.Equal(z.reverse, other.reverse)
-}
-
-// changes are the objects that only one of two lists has. It is quick on lists in the same
-// order by namespace and name, and right for all.
-func changes[T any, P interface {
-	*T
-	metav1.Object
-}](before, after []P) (gone, come []P) {
-	i, j := 0, 0
-	for i < len(before) && j < len(after) {
-		a, b := before[i], after[j]
-		if a == b {
-			i, j = i+1, j+1
-			continue
-		}
-		order := key{a.GetNamespace(), a.GetName()}.compare(key{b.GetNamespace(), b.GetName()})
-		if order <= 0 {
-			gone = append(gone, a)
-			i++
-		}
-		if order >= 0 {
-			come = append(come, b)
-			j++
-		}
-	}
-	return append(gone, before[i:]...), append(come, after[j:]...)
 }

@@ -1,6 +1,7 @@
 package enforce_test
 
 import (
+	"flag"
 	"log/slog"
 	"testing"
 
@@ -14,7 +15,13 @@ import (
 	"decree.dev/decree/netplane/nft"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	// Each case waits for what is dropped: fewer than usual, unless told otherwise.
+	if err := flag.Set("rapid.checks", "40"); err != nil {
+		panic(err)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 func open(t testing.TB, ns string) *enforce.Policies {
 	t.Helper()
@@ -55,8 +62,10 @@ func (w *world) Services() (s netplane.Services, err error) {
 
 // TestRecipes: with services in nftables.
 func TestRecipes(t *testing.T) {
+	t.Parallel()
 	for _, n := range netplanetest.Nets {
 		t.Run(n.Name, func(t *testing.T) {
+			t.Parallel() // they wait for what does not come
 			w := newWorld(t)
 			netplanetest.RunPolicies(t, w, open(t, w.Path[netplanetest.Node]), n)
 		})
@@ -65,8 +74,10 @@ func TestRecipes(t *testing.T) {
 
 // TestCompare: random policies do in the kernel what the plan says.
 func TestCompare(t *testing.T) {
+	t.Parallel()
 	for _, n := range netplanetest.Nets {
 		t.Run(n.Name, func(t *testing.T) {
+			t.Parallel() // they wait for what does not come
 			w := newWorld(t)
 			netplanetest.ComparePolicies(t, w, open(t, w.Path[netplanetest.Node]), n)
 		})

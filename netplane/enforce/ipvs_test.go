@@ -17,6 +17,7 @@ func TestInKernel(t *testing.T) {
 	if vm.Inside() {
 		t.Skip("this is the machine")
 	}
+	t.Parallel()
 	vm.Test(t, 4*time.Minute, "^TestKernel", "-rapid.checks=5")
 }
 

@@ -11,10 +11,14 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"sync/atomic"
 
 	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"golang.org/x/time/rate"
+
+	"decree.dev/decree/netplane/ingress/route"
 )
 
 // acmeProtocol is what a CA asks for to prove a name over TLS (RFC 8737).
@@ -43,9 +47,17 @@ type obtainer struct {
 	http   int // ports that the CA's questions arrive at
 	https  int
 	cache  *certmagic.Cache
+	way    atomic.Pointer[way]
+	known  []string // hosts that are managed
+	others *http.Client
+	asking *rate.Limiter // of the questions that others are asked
+}
+
+// way is how certificates are obtained.
+type way struct {
+	alone  bool // no other node serves the hosts
 	magic  *certmagic.Config
 	issuer *certmagic.ACMEIssuer
-	known  []string // hosts that are managed
 }
 
 func newObtainer(cfg ACME, of Config) (*obtainer, error) {
@@ -58,7 +70,7 @@ func newObtainer(cfg ACME, of Config) (*obtainer, error) {
 	if cfg.Directory == "" {
 		cfg.Directory = certmagic.LetsEncryptProductionCA
 	}
-	o := &obtainer{cfg: cfg, log: zap.New(&slogCore{of.Log.Handler()})}
+	o := &obtainer{cfg: cfg, log: zap.New(&slogCore{of.Log.Handler()}), asking: rate.NewLimiter(askingRate, askingBurst), others: askingClient(of.Dial)}
 	for _, p := range []struct {
 		address string
 		number  *int
@@ -77,55 +89,59 @@ func newObtainer(cfg ACME, of Config) (*obtainer, error) {
 // start begins to keep certificates from ending; stop has to be called.
 func (o *obtainer) start() {
 	o.cache = certmagic.NewCache(certmagic.CacheOptions{
-		GetConfigForCert: func(certmagic.Certificate) (*certmagic.Config, error) { return o.magic, nil }, Logger: o.log,
+		GetConfigForCert: func(certmagic.Certificate) (*certmagic.Config, error) { return o.way.Load().magic, nil }, Logger: o.log,
 	})
-	o.magic = certmagic.New(o.cache, certmagic.Config{Storage: o.cfg.Storage, Logger: o.log, OCSP: certmagic.OCSPConfig{DisableStapling: true}})
-	o.issuer = certmagic.NewACMEIssuer(o.magic, certmagic.ACMEIssuer{
+	o.choose(true)
+}
+
+// choose sets how certificates are obtained. Where several nodes serve a host the CA asks any
+// of them, and what it asks over TLS cannot be handed on.
+func (o *obtainer) choose(alone bool) {
+	if now := o.way.Load(); now != nil && now.alone == alone {
+		return
+	}
+	w := &way{alone: alone, magic: certmagic.New(o.cache, certmagic.Config{Storage: o.cfg.Storage, Logger: o.log, OCSP: certmagic.OCSPConfig{DisableStapling: true}})}
+	w.issuer = certmagic.NewACMEIssuer(w.magic, certmagic.ACMEIssuer{
 		CA: o.cfg.Directory, Email: o.cfg.Email, Agreed: true, TrustedRoots: o.cfg.Roots, Logger: o.log,
 		AltHTTPPort: o.http, AltTLSALPNPort: o.https, // served here already
+		DisableTLSALPNChallenge: !alone,
 	})
-	o.magic.Issuers = []certmagic.Issuer{o.issuer}
+	w.magic.Issuers = []certmagic.Issuer{w.issuer}
+	o.way.Store(w)
 }
 
 func (o *obtainer) stop() { o.cache.Stop() }
 
-// manage obtains certificates for hosts that have none yet, and keeps them until ctx ends.
+// manage obtains certificates for hosts of t that have none yet, and keeps them until ctx ends.
 // What fails is tried again for a month, less and less often.
-func (o *obtainer) manage(ctx context.Context, hosts []string) {
+func (o *obtainer) manage(ctx context.Context, t *route.Table) {
+	o.choose(len(t.Others) == 0)
+	now := o.way.Load()
 	var fresh []string
 	var gone []certmagic.SubjectIssuer
-	for _, h := range hosts {
+	for _, h := range t.Managed {
 		if !slices.Contains(o.known, h) {
 			fresh = append(fresh, h)
 		}
 	}
 	for _, h := range o.known {
-		if !slices.Contains(hosts, h) {
-			gone = append(gone, certmagic.SubjectIssuer{Subject: h, IssuerKey: o.issuer.IssuerKey()})
+		if !slices.Contains(t.Managed, h) {
+			gone = append(gone, certmagic.SubjectIssuer{Subject: h, IssuerKey: now.issuer.IssuerKey()})
 		}
 	}
-	o.known = hosts
+	o.known = t.Managed
 	o.cache.RemoveManaged(gone)
 	if len(fresh) == 0 {
 		return
 	}
-	if err := o.magic.ManageAsync(ctx, fresh); err != nil {
+	if err := now.magic.ManageAsync(ctx, fresh); err != nil {
 		o.log.Error("obtain certificates", zap.Strings("hosts", fresh), zap.Error(err))
 	}
 }
 
-// challenges answers the CA's questions, and hands everything else on.
-func (o *obtainer) challenges(h http.Handler) http.Handler {
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !o.issuer.HandleHTTPChallenge(w, r) {
-			h.ServeHTTP(w, r)
-		}
-	})
-}
-
 // certificate is that of a managed host, or the proof that a CA asks for.
 func (o *obtainer) certificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
-	return o.magic.GetCertificate(hello)
+	return o.way.Load().magic.GetCertificate(hello)
 }
 
 // slogCore takes what the library logs.

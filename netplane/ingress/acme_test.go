@@ -1,14 +1,20 @@
 package ingress
 
 import (
+	"context"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/json"
+	"encoding/pem"
 	"io"
 	"log"
 	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
+	"os"
+	"os/exec"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -21,7 +27,11 @@ import (
 	"github.com/letsencrypt/pebble/v2/va"
 	"github.com/letsencrypt/pebble/v2/wfe"
 	"github.com/miekg/dns"
+	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"decree.dev/decree/schemas/api"
 )
 
 // authority is a CA that speaks ACME, which finds all names at this machine.
@@ -132,5 +142,149 @@ func TestACME(t *testing.T) {
 		if _, err := tls.Dial("tcp", w.https, &tls.Config{RootCAs: authority.roots, ServerName: host}); err == nil {
 			t.Error("the host has a certificate without TLS")
 		}
+	}
+}
+
+// nodeVariable makes this test binary a node that serves an Ingress: see [runNode].
+const nodeVariable = "DECREE_TEST_NODE"
+
+// testNode is what a node is told.
+type testNode struct {
+	Host, Backend string
+	Address       string // of this node
+	HTTP, HTTPS   string // ports
+	Nodes         []*corev1.Node
+	Directory     string // of the CA
+	Roots         []byte // of its server, in PEM
+	Dir           string
+}
+
+// runNode serves until its input ends. Nodes need processes of their own, as what the library
+// knows of questions that are under way is known to all of a process.
+func runNode(text string) error {
+	var n testNode
+	if err := json.Unmarshal([]byte(text), &n); err != nil {
+		return err
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(n.Roots)
+	s, err := New(Config{
+		HTTP: n.Address + ":" + n.HTTP, HTTPS: n.Address + ":" + n.HTTPS, ACME: &ACME{Directory: n.Directory, Roots: roots, Dir: n.Dir},
+		Log: slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelInfo})),
+	})
+	if err != nil {
+		return err
+	}
+	w := &world{}
+	w.objects.Node, w.objects.Nodes = n.Address, n.Nodes
+	w.service("web", n.Backend)
+	w.ingress(n.Host, "web", "acme", "true").Spec.TLS = []networkingv1.IngressTLS{{Hosts: []string{n.Host}}}
+	s.Set(w.objects)
+	ctx, cancel := context.WithCancel(context.Background())
+	go func() { _, _ = io.Copy(io.Discard, os.Stdin); cancel() }()
+	_ = s.Run(ctx)
+	return nil
+}
+
+// TestACMENodes: of two nodes that share nothing each obtains a certificate, whichever of them
+// the CA asks.
+func TestACMENodes(t *testing.T) {
+	const host = "shop.example.com"
+	httpPort, httpsPort := freePort(t), freePort(t)
+	number := func(s string) int { n, _ := strconv.Atoi(s); return n }
+	authority := newAuthority(t, number(httpPort), number(httpsPort)) // asks 127.0.0.1
+	web := backend(t, "web")
+	addresses := []string{"127.0.0.1", "127.0.0.2"}
+	var nodes []*corev1.Node
+	for _, a := range append(addresses, "127.0.0.3") { // the last one is away
+		nodes = append(nodes, &corev1.Node{
+			ObjectMeta: metav1.ObjectMeta{Name: a, Labels: map[string]string{api.LabelIngressNode: "true"}},
+			Status:     corev1.NodeStatus{Addresses: []corev1.NodeAddress{{Type: corev1.NodeInternalIP, Address: a}}},
+		})
+	}
+	var said syncBuffer
+	for _, a := range addresses {
+		text, err := json.Marshal(testNode{
+			Host: host, Backend: web.URL, Address: a, HTTP: httpPort, HTTPS: httpsPort, Nodes: nodes, Directory: authority.URL + wfe.DirectoryPath,
+			Roots: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: authority.Certificate().Raw}), Dir: t.TempDir(),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env, cmd.Stderr = append(os.Environ(), nodeVariable+"="+string(text)), &said
+		in, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { in.Close(); _ = cmd.Wait() })
+	}
+	var serials []string
+	for _, a := range addresses {
+		for end := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) { // a handshake is how one is told
+			c, err := tls.Dial("tcp", net.JoinHostPort(a, httpsPort), &tls.Config{RootCAs: authority.roots, ServerName: host})
+			if err == nil {
+				serials = append(serials, c.ConnectionState().PeerCertificates[0].SerialNumber.String())
+				c.Close()
+				break
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s has no certificate: %v\n%s", a, err, said.String())
+			}
+		}
+	}
+	if serials[0] == serials[1] {
+		t.Errorf("both have the certificate %s", serials[0])
+	}
+	t.Logf("two certificates after %d orders", authority.orders.Load())
+}
+
+// TestAskOthers: what other nodes say is passed on if it is a proof for the token, and nothing
+// else is; nobody is asked for what is no token, nor by who was asked.
+func TestAskOthers(t *testing.T) {
+	var asked atomic.Int64
+	other := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked.Add(1)
+		switch token := strings.TrimPrefix(r.URL.Path, challengePath); {
+		case r.Host != "shop.example.com" || r.Header.Get(askedHeader) == "":
+			t.Errorf("%s asks %s with %v", r.Host, r.URL, r.Header)
+		case token == "good":
+			_, _ = io.WriteString(w, "good.hash")
+		case token == "page":
+			_, _ = io.WriteString(w, "<html>page.</html>")
+		case token == "long":
+			_, _ = io.WriteString(w, "long."+strings.Repeat("x", maxProof))
+		case token == "elsewhere":
+			http.Redirect(w, r, "/elsewhere.", http.StatusFound)
+		default:
+			w.WriteHeader(http.StatusNotFound)
+			_, _ = io.WriteString(w, token+".hash")
+		}
+	}))
+	defer other.Close()
+	at := other.Listener.Addr().(*net.TCPAddr).AddrPort()
+	o, err := newObtainer(ACME{Dir: t.TempDir()}, Config{HTTP: at.String(), HTTPS: at.String(), Dial: (&net.Dialer{}).DialContext, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for token, want := range map[string]string{"good": "good.hash", "page": "", "long": "", "elsewhere": "", "absent": "", "": "", "a/b": "", "a.b": "", "%2e": ""} {
+		before := asked.Load()
+		r := httptest.NewRequest(http.MethodGet, "http://shop.example.com"+challengePath+token, nil)
+		if got := o.askOthers(r, []netip.Addr{at.Addr()}); string(got) != want {
+			t.Errorf("%q: %q, want %q", token, got, want)
+		}
+		if word := !strings.ContainsAny(token, "/.%") && token != ""; word != (asked.Load() > before) {
+			t.Errorf("%q: asked %d times", token, asked.Load()-before)
+		}
+	}
+	before := asked.Load()
+	for range 3 * askingBurst {
+		o.askOthers(httptest.NewRequest(http.MethodGet, "http://shop.example.com"+challengePath+"good", nil), []netip.Addr{at.Addr()})
+	}
+	if n := asked.Load() - before; n < askingBurst/2 || n > 2*askingBurst {
+		t.Errorf("%d questions became %d", 3*askingBurst, n)
 	}
 }

@@ -18,6 +18,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -32,7 +33,11 @@ const (
 	idleTimeout   = 75 * time.Second // between requests
 	stallTimeout  = time.Minute      // between two parts of a body, either way
 	maxHeader     = 64 << 10         // bytes of a request's headers
-	drainTimeout  = 5 * time.Second  // for requests under way when a listener closes
+	// linger is how long connections that wait for their clients' next requests stay open when
+	// a listener closes: clients that send one just then would have to repeat it.
+	linger = time.Second
+	// quicDrain is how long requests by HTTP/3 may take then: their port stays busy so long.
+	quicDrain = 5 * time.Second
 )
 
 // How long is waited before a port is tried again that could not be had.
@@ -51,6 +56,9 @@ type Config struct {
 	Listen       func(ctx context.Context, network, address string) (net.Listener, error)
 	ListenPacket func(ctx context.Context, network, address string) (net.PacketConn, error)
 	Dial         func(ctx context.Context, network, address string) (net.Conn, error)
+	// Drain is how long requests that are under way when a listener closes may take; zero:
+	// 5 seconds.
+	Drain time.Duration
 	// ACME is where certificates are obtained; nil: nowhere.
 	ACME *ACME
 	// AccessLog gets a line of JSON for every request; nil: none are written.
@@ -77,6 +85,9 @@ func (c Config) withDefaults() Config {
 	if c.Dial == nil {
 		c.Dial = (&net.Dialer{}).DialContext
 	}
+	if c.Drain == 0 {
+		c.Drain = 5 * time.Second
+	}
 	if c.Log == nil {
 		c.Log = slog.Default()
 	}
@@ -96,6 +107,8 @@ type Server struct {
 	states  sync.Pool // of *exchange
 	port    atomic.Int32
 	quic    atomic.Bool // HTTP/3 is served
+	// leaving are ports that no longer listen while requests are under way there.
+	leaving sync.WaitGroup
 
 	mu     sync.Mutex // orders calls of Set, and guards what follows
 	pools  map[route.BackendKey]*pool
@@ -179,6 +192,9 @@ func (s *Server) Set(o route.Objects) {
 	}
 }
 
+// Wanted reports whether there is something to serve.
+func (s *Server) Wanted() bool { return !s.now.Load().Empty() }
+
 // warn logs what is new.
 func (s *Server) warn(warnings []route.Warning) {
 	for _, w := range warnings {
@@ -191,7 +207,7 @@ func (s *Server) warn(warnings []route.Warning) {
 
 // Run listens while there is something to serve, until ctx ends; then it returns the cause.
 // A port that cannot be had is reported, and tried again. Requests that are under way when
-// a port closes have 5 seconds to end.
+// a port closes have Config.Drain to end.
 func (s *Server) Run(ctx context.Context) error {
 	var background sync.WaitGroup
 	defer background.Wait()
@@ -204,20 +220,19 @@ func (s *Server) Run(ctx context.Context) error {
 		s.acme.start()
 		defer s.acme.stop()
 	}
-	ports := []*port{{name: "http", open: s.openHTTP}, {name: "https", open: s.openHTTPS}, {name: "http3", open: s.openHTTP3}}
+	ports := []*port{{name: "http", open: s.openHTTP}, {name: "https", open: s.openHTTPS}, {name: "http3", open: s.openHTTP3, patience: 2 * quicDrain}}
+	defer s.leaving.Wait()
 	defer func() {
-		var closing sync.WaitGroup
 		for _, p := range ports {
-			closing.Go(p.close)
+			p.close()
 		}
-		closing.Wait()
 	}()
 	retry := time.NewTimer(longestRetry)
 	defer retry.Stop()
 	for wait := firstRetry; ; {
 		failed := s.listen(ctx, ports)
 		if s.acme != nil {
-			s.acme.manage(work, s.now.Load().Managed)
+			s.acme.manage(work, s.now.Load().Table)
 		}
 		var again <-chan time.Time
 		if failed {
@@ -238,22 +253,27 @@ func (s *Server) Run(ctx context.Context) error {
 
 // listen opens the ports that are needed and closes the others.
 func (s *Server) listen(ctx context.Context, ports []*port) (failed bool) {
-	wanted := !s.now.Load().Empty()
+	wanted := s.Wanted()
 	for _, p := range ports {
 		switch {
 		case wanted && p.shut == nil:
 			shut, err := p.open(ctx)
 			if err != nil {
 				failed = true
-				if text := err.Error(); text != p.failure {
+				if p.since.IsZero() {
+					p.since = time.Now()
+				}
+				expected := errors.Is(err, syscall.EADDRINUSE) && time.Since(p.since) < p.patience
+				if text := err.Error(); text != p.failure && !expected {
 					p.failure = text
 					s.log.Error("ingress does not listen; will try again", "port", p.name, "err", err)
 				}
 				break
 			}
-			p.shut, p.failure = shut, ""
-		case !wanted && p.shut != nil:
+			p.shut, p.failure, p.since = shut, "", time.Time{}
+		case !wanted:
 			p.close()
+			p.since = time.Time{}
 		}
 		listening := 0.0
 		if p.shut != nil {
@@ -266,10 +286,13 @@ func (s *Server) listen(ctx context.Context, ports []*port) (failed bool) {
 
 // port is one that is open, or not.
 type port struct {
-	name    string
-	open    func(context.Context) (shut func(), err error)
-	shut    func() // nil: it is not open
-	failure string // why it could not be opened
+	name string
+	open func(context.Context) (shut func(), err error)
+	shut func() // does not wait for the requests that are under way; nil: it is not open
+	// patience is how long it may be busy, by a predecessor.
+	patience time.Duration
+	failure  string    // that was reported: why it cannot be opened
+	since    time.Time // when it first could not be
 }
 
 func (p *port) close() {
@@ -286,11 +309,11 @@ func (s *Server) openHTTP(ctx context.Context) (func(), error) {
 	}
 	var h http.Handler = http.HandlerFunc(s.serve)
 	if s.acme != nil {
-		h = s.acme.challenges(h)
+		h = s.acme.challenges(func() *route.Table { return s.now.Load().Table }, h)
 	}
 	srv := s.server(h)
 	srv.Protocols.SetUnencryptedHTTP2(true)
-	return s.begin(srv, func() error { return srv.Serve(ln) }), nil
+	return s.begin(srv, ln, func() error { return srv.Serve(ln) }), nil
 }
 
 func (s *Server) openHTTPS(ctx context.Context) (func(), error) {
@@ -304,7 +327,7 @@ func (s *Server) openHTTPS(ctx context.Context) (func(), error) {
 	srv := s.server(http.HandlerFunc(s.serve))
 	srv.Protocols.SetHTTP2(true)
 	srv.TLSConfig = s.tlsConfig()
-	return s.begin(srv, func() error { return srv.ServeTLS(ln, "", "") }), nil
+	return s.begin(srv, ln, func() error { return srv.ServeTLS(ln, "", "") }), nil
 }
 
 // server is one for TCP.
@@ -319,21 +342,65 @@ func (s *Server) server(h http.Handler) *http.Server {
 }
 
 // begin serves until the function that it returns is called.
-func (s *Server) begin(srv *http.Server, serve func() error) (shut func()) {
+func (s *Server) begin(srv *http.Server, ln net.Listener, serve func() error) (shut func()) {
+	p := &leaver{Handler: srv.Handler}
+	srv.Handler = p
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		if err := serve(); !errors.Is(err, http.ErrServerClosed) {
+		if err := serve(); !p.left.Load() {
 			s.log.Error("ingress stopped serving", "err", err)
 		}
 	}()
 	return func() {
-		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
-		defer cancel()
-		if srv.Shutdown(ctx) != nil {
-			srv.Close()
-		}
+		p.left.Store(true)
+		ln.Close()
 		<-ended
+		s.leaving.Go(func() {
+			begun := time.Now()
+			time.Sleep(min(linger, s.cfg.Drain))
+			end(s.cfg.Drain-time.Since(begun), srv.Shutdown, srv.Close)
+			p.await(s.cfg.Drain - time.Since(begun))
+		})
+	}
+}
+
+// end ends a server in order, or at once if that takes too long.
+func end(most time.Duration, orderly func(context.Context) error, atOnce func() error) {
+	ctx, cancel := context.WithTimeout(context.Background(), most)
+	defer cancel()
+	if orderly(ctx) != nil {
+		_ = atOnce()
+	}
+}
+
+// leaver is a handler that can be left by its clients.
+type leaver struct {
+	http.Handler
+	left atomic.Bool // its listener is closed
+	busy sync.WaitGroup
+}
+
+// ServeHTTP implements [http.Handler].
+func (p *leaver) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p.busy.Add(1)
+	defer p.busy.Done()
+	if p.left.Load() && r.ProtoMajor == 1 && r.Header.Get("Upgrade") == "" {
+		w.Header().Set("Connection", "close")
+	}
+	p.Handler.ServeHTTP(w, r)
+}
+
+// await waits for connections that are no longer the HTTP server's own (WebSocket).
+func (p *leaver) await(most time.Duration) {
+	done := make(chan struct{})
+	go func() {
+		p.busy.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(most):
 	}
 }
 
@@ -365,13 +432,11 @@ func (s *Server) openHTTP3(ctx context.Context) (func(), error) {
 	s.quic.Store(true)
 	return func() {
 		s.quic.Store(false)
-		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
-		defer cancel()
-		if srv.Shutdown(ctx) != nil {
-			srv.Close()
-		}
-		<-ended
-		conn.Close()
+		s.leaving.Go(func() { // the socket stays busy until then
+			end(min(quicDrain, s.cfg.Drain), srv.Shutdown, srv.Close)
+			<-ended
+			conn.Close()
+		})
 	}, nil
 }
 

@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -31,9 +32,17 @@ import (
 	"decree.dev/decree/netplane/ingress/route"
 )
 
-// TestMain finds goroutines that do not end, but for those of libraries that cannot be told
-// to: the test's CA, and what certmagic leaves to end by itself.
+// TestMain is two programs: the tests, and a node that some of them run. It finds goroutines
+// that do not end, but for those of libraries that cannot be told to: the test's CA, and what
+// certmagic leaves to end by itself.
 func TestMain(m *testing.M) {
+	if text := os.Getenv(nodeVariable); text != "" {
+		if err := runNode(text); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	goleak.VerifyTestMain(m,
 		goleak.IgnoreAnyFunction("github.com/letsencrypt/pebble/v2/va.VAImpl.processTasks"),
 		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh"),

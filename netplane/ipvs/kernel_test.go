@@ -100,13 +100,13 @@ func (k *kernel) Leftovers() (left string, err error) {
 }
 
 // fresh is the dump of a network namespace that nobody touched.
-const fresh = "conntrack 0\nexpire_nodest_conn 0\nexpire_quiescent_template 0\ntimeouts 900 120 300\n"
+const fresh = "vs/conntrack 0\nvs/expire_nodest_conn 0\nvs/expire_quiescent_template 0\ntcp_early_demux 1\nudp_early_demux 1\ntimeouts 900 120 300\n"
 
 // dump is all that the kernel holds of services, in the current namespace.
 func dump() (string, error) {
 	var b strings.Builder
-	for _, name := range []string{"conntrack", "expire_nodest_conn", "expire_quiescent_template"} {
-		v, err := os.ReadFile("/proc/sys/net/ipv4/vs/" + name)
+	for _, name := range []string{"vs/conntrack", "vs/expire_nodest_conn", "vs/expire_quiescent_template", "tcp_early_demux", "udp_early_demux"} {
+		v, err := os.ReadFile("/proc/sys/net/ipv4/" + name)
 		if err != nil {
 			return "", err
 		}

@@ -13,19 +13,24 @@ import (
 	"decree.dev/decree/netplane/nft"
 )
 
-// sysctls are the settings of IPVS that services need, in /proc/sys/net/ipv4/vs, of
-// either family (Documentation/networking/ipvs-sysctl.rst).
+// sysctls are the settings that services need, in /proc/sys/net/ipv4, of either family
+// (Documentation/networking/ipvs-sysctl.rst and ip-sysctl.rst).
 var sysctls = []struct {
 	note uint32
 	name string
 	want uint32
 }{
 	// So that conntrack knows the connections, for masquerading and for their state.
-	{1, "conntrack", 1},
+	{1, "vs/conntrack", 1},
 	// What goes on to an endpoint that was removed begins anew instead of vanishing.
-	{2, "expire_nodest_conn", 1},
+	{2, "vs/expire_nodest_conn", 1},
 	// Affinity does not lead to endpoints that get no more connections.
-	{3, "expire_quiescent_template", 1},
+	{3, "vs/expire_quiescent_template", 1},
+	// What an endpoint answers to this node is given to a socket once IPVS has put the
+	// service's address into it, not before: the node may talk to the endpoint directly, too,
+	// from the same port.
+	{4, "tcp_early_demux", 0},
+	{5, "udp_early_demux", 0},
 }
 
 // noteTimeout is where the numbers of timeouts begin, in notes: their attribute is
@@ -51,9 +56,9 @@ func openSettings(cfg *Config) (*settings, error) {
 		}
 	}
 	for _, x := range sysctls {
-		f, err := os.OpenFile("/proc/sys/net/ipv4/vs/"+x.name, os.O_RDWR, 0)
+		f, err := os.OpenFile("/proc/sys/net/ipv4/"+x.name, os.O_RDWR, 0)
 		if err != nil {
-			return nil, errors.Join(fmt.Errorf("open setting of IPVS (needs root): %w", err), s.close())
+			return nil, errors.Join(fmt.Errorf("open setting net.ipv4: %s (needs root): %w", x.name, err), s.close())
 		}
 		s.files = append(s.files, f)
 	}
@@ -75,11 +80,11 @@ func (s *settings) wrong(k *kernel) (map[uint32]uint32, error) {
 		var b [32]byte
 		n, err := s.files[i].ReadAt(b[:], 0)
 		if n == 0 && err != nil {
-			return nil, fmt.Errorf("read setting %s of IPVS: %w", x.name, err)
+			return nil, fmt.Errorf("read setting net.ipv4: %s: %w", x.name, err)
 		}
 		v, err := strconv.ParseUint(strings.TrimSpace(string(b[:n])), 10, 32)
 		if err != nil {
-			return nil, fmt.Errorf("setting %s of IPVS: %w", x.name, err)
+			return nil, fmt.Errorf("setting net.ipv4: %s: %w", x.name, err)
 		}
 		if uint32(v) != x.want {
 			out[x.note] = uint32(v)
@@ -156,7 +161,7 @@ func (s *settings) write(k *kernel, values map[uint32]uint32) error {
 			continue
 		}
 		if _, err := s.files[i].WriteAt(strconv.AppendUint(nil, uint64(v), 10), 0); err != nil {
-			return fmt.Errorf("change setting %s of IPVS: %w", x.name, err)
+			return fmt.Errorf("change setting net.ipv4: %s: %w", x.name, err)
 		}
 	}
 	if len(timeouts) == 0 {

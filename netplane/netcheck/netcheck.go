@@ -28,22 +28,26 @@ const (
 type Kind string
 
 // The kinds of probes. The first three are ICMP echoes (RFC 792, RFC 4443), small ones and
-// one as large as the way is said to take; a service is a TCP connection, and DNS a query.
+// one as large as the way is said to take; a service is a TCP connection, or a datagram where
+// it takes UDP, and DNS a query.
 const (
 	NodeToNode   Kind = "nodeToNode"
 	NodeToPod    Kind = "nodeToPod"
 	PodToPod     Kind = "podToPod"
 	PodToService Kind = "podToService"
+	PodToUDP     Kind = "podToServiceUDP"
 	NodeToDNS    Kind = "nodeToDNS"
 	PodToDNS     Kind = "podToDNS"
 )
 
 // Kinds are all kinds, in the order of what builds on what.
-var Kinds = []Kind{NodeToNode, NodeToPod, PodToPod, PodToService, NodeToDNS, PodToDNS}
+var Kinds = []Kind{NodeToNode, NodeToPod, PodToPod, PodToService, PodToUDP, NodeToDNS, PodToDNS}
 
 // FromPod reports whether probes of this kind come from the network namespace of a pod, and
 // not from that of the node.
-func (k Kind) FromPod() bool { return k == PodToPod || k == PodToService || k == PodToDNS }
+func (k Kind) FromPod() bool {
+	return k == PodToPod || k == PodToService || k == PodToUDP || k == PodToDNS
+}
 
 // Cluster is everything that a check is planned from. The objects are shared and never
 // modified.
@@ -80,12 +84,17 @@ type End struct {
 // Probe is something to try.
 type Probe struct {
 	Kind Kind `json:"kind"`
-	// To is whom it is to reach: a node, NAMESPACE/NAME:PORT of a service, a DNS name.
+	// To is whom it is to reach: a node, NAMESPACE/NAME:PORT of a service (with /UDP
+	// behind it if that is meant), a DNS name.
 	To      string     `json:"to"`
 	Address netip.Addr `json:"address"`
 	Port    uint16     `json:"port,omitempty"` // none for echoes
 	// Want is the address that a name should have; invalid where any answer will do.
 	Want netip.Addr `json:"want,omitzero"`
+	// Names says that a service which takes UDP is one of names: it gets a query for the root,
+	// which every name server answers with something, and has to answer. Others get an empty
+	// datagram.
+	Names bool `json:"names,omitempty"`
 }
 
 // Outcome is what came of a probe.
@@ -95,6 +104,10 @@ type Outcome struct {
 	// Lost of Sent packets, counted for echoes, were not answered.
 	Sent int `json:"sent,omitempty"`
 	Lost int `json:"lost,omitempty"`
+	// Silent says that nobody answered a datagram, and that nobody refused it: it may have been
+	// lost, or come to who has nothing to say to it. No more is known without the protocol of
+	// a service; this is neither success nor failure.
+	Silent bool `json:"silent,omitempty"`
 	// TooLarge is the size in bytes of an IP packet that was lost where small ones pass.
 	TooLarge int `json:"tooLarge,omitempty"`
 	// Error is why the probe failed; empty if it did not.

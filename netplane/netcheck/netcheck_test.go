@@ -118,6 +118,52 @@ func TestPlan(t *testing.T) {
 	}
 }
 
+// TestUDP: of a service its first TCP port and its first UDP port are tried, the latter with a
+// query if it is one of names.
+func TestUDP(t *testing.T) {
+	c := cluster()
+	c.Services, c.Slices = nil, nil
+	svc, e := service("names", "10.2.0.5", 53, "10.1.0.9")
+	udp, sctp := corev1.ProtocolUDP, corev1.ProtocolSCTP
+	svc.Spec.Ports = nil
+	e.Ports = nil
+	for _, p := range []struct {
+		name  string
+		port  int32
+		proto corev1.Protocol
+	}{{"sctp", 9, sctp}, {"plain", 514, udp}, {"dns", 53, udp}, {"dns-tcp", 53, corev1.ProtocolTCP}, {"web", 80, corev1.ProtocolTCP}} {
+		svc.Spec.Ports = append(svc.Spec.Ports, corev1.ServicePort{Name: p.name, Port: p.port, Protocol: p.proto})
+		e.Ports = append(e.Ports, discoveryv1.EndpointPort{Name: &p.name, Port: &p.port, Protocol: &p.proto})
+	}
+	c.Services, c.Slices = append(c.Services, svc), append(c.Slices, e)
+	tried := func() (got []string) {
+		for _, q := range New(c).Probes("n1", map[string]End{"n1": {Addresses: []netip.Addr{netip.MustParseAddr("10.1.0.8")}}}) {
+			if q.Port != 0 && q.Kind != NodeToDNS && q.Kind != PodToDNS {
+				got = append(got, fmt.Sprintf("%s %s %s:%d %v", q.Kind, q.To, q.Address, q.Port, q.Names))
+			}
+		}
+		return got
+	}
+	want := []string{"podToServiceUDP shop/names:514/UDP 10.2.0.5:514 false", "podToService shop/names:53 10.2.0.5:53 false"}
+	if got := tried(); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	svc.Spec.Ports[1].Port = 53 // a port of names, whatever it is called
+	want[0] = "podToServiceUDP shop/names:53/UDP 10.2.0.5:53 true"
+	if got := tried(); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	svc.Spec.Ports[1].Port, svc.Spec.Ports[1].Name, e.Ports[1].Name = 5353, "dns-udp", &[]string{"dns-udp"}[0]
+	want[0] = "podToServiceUDP shop/names:5353/UDP 10.2.0.5:5353 true"
+	if got := tried(); !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	svc.Spec.Ports = svc.Spec.Ports[1:2] // one that takes nothing else has a name all the same
+	if q := New(c).dns; q.To != "names.shop.svc.cluster.local." || q.Want.String() != "10.2.0.5" {
+		t.Errorf("%+v", q)
+	}
+}
+
 // TestServicesAreBounded: in a cluster with many services some are tried, and the report says
 // that others are not.
 func TestServicesAreBounded(t *testing.T) {
@@ -194,6 +240,11 @@ func TestReport(t *testing.T) {
 			name: "a service", advice: []string{"decree describe service web -n shop"},
 			checks: []Check{{"n1", Probe{Kind: PodToService, To: "shop/web:80", Address: at, Port: 80}, Outcome{Error: "TCP port 80: connection refused"}}},
 		},
+		{
+			name: "a service that takes UDP", advice: []string{"service shop/log:514/UDP is not reached from pods on n1 (UDP port 514: read: connection refused): decree describe service log -n shop"},
+			checks: []Check{{"n1", Probe{Kind: PodToUDP, To: "shop/log:514/UDP", Address: at, Port: 514}, Outcome{Error: "UDP port 514: read: connection refused"}}},
+		},
+		{name: "silence is no failure", checks: []Check{{"n1", Probe{Kind: PodToUDP, To: "shop/log:514/UDP", Address: at, Port: 514}, Outcome{Silent: true}}}},
 		{
 			name: "DNS", advice: []string{"cluster DNS at 10.0.0.9 does not answer on n1"},
 			checks: []Check{{"n1", Probe{Kind: PodToDNS, To: "x.", Address: at, Port: 53}, Outcome{Error: "no answer"}}},

@@ -30,8 +30,9 @@ type Plan struct {
 
 // target is a service's port in one address family.
 type target struct {
-	name string // NAMESPACE/NAME:PORT
-	at   render.Port
+	name  string // as in Probe.To
+	at    render.Port
+	names bool // as in Probe.Names
 }
 
 // New plans a check. The same cluster gives the same plan.
@@ -84,8 +85,8 @@ func suitable(pod *corev1.Pod, policies *policy.Plan) bool {
 	})
 }
 
-// pick chooses the services to try: the first ones by name that have a TCP port with
-// endpoints that everybody may reach.
+// pick chooses the services to try: the first ones by name that have a TCP or UDP port
+// with endpoints that everybody may reach.
 func (p *Plan) pick(c Cluster, policies *policy.Plan) {
 	services := slices.SortedFunc(slices.Values(c.Services), compare)
 	behind := map[render.Port][]netip.AddrPort{}
@@ -114,29 +115,34 @@ func (p *Plan) pick(c Cluster, policies *policy.Plan) {
 	}
 }
 
-// targetsOf is the first TCP port of a service that has endpoints, at each of its cluster
-// addresses.
+// targetsOf are the first TCP port and the first UDP port of a service that have endpoints,
+// at each of its cluster addresses.
 func targetsOf(svc *corev1.Service, behind map[render.Port][]netip.AddrPort, policies *policy.Plan) (out []target, isolated bool) {
 	if l := svc.Spec.InternalTrafficPolicy; l != nil && *l == corev1.ServiceInternalTrafficPolicyLocal {
 		return nil, false // some nodes are not meant to reach it
 	}
+	has := map[render.Proto]bool{}
 	for _, sp := range svc.Spec.Ports {
-		if proto, ok := render.ProtoOf(sp.Protocol); !ok || proto != render.TCP {
+		proto, ok := render.ProtoOf(sp.Protocol)
+		if !ok || proto != render.TCP && proto != render.UDP || has[proto] {
 			continue
 		}
+		t := target{name: fmt.Sprintf("%s/%s:%d", svc.Namespace, svc.Name, sp.Port)}
+		if proto == render.UDP {
+			t.name += "/UDP"
+			t.names = sp.Port == render.DNSPort || sp.Name == "dns" || sp.Name == "dns-udp"
+		}
 		for _, a := range render.ClusterIPs(svc) {
-			at := render.Port{Addr: a, Proto: render.TCP, Port: uint16(sp.Port)}
-			if len(behind[at]) > 0 {
-				out = append(out, target{fmt.Sprintf("%s/%s:%d", svc.Namespace, svc.Name, sp.Port), at})
+			t.at = render.Port{Addr: a, Proto: proto, Port: uint16(sp.Port)}
+			if len(behind[t.at]) > 0 {
+				has[proto] = true
+				out = append(out, t)
 			}
-			for _, ep := range behind[at] {
+			for _, ep := range behind[t.at] {
 				if s, ok := policies.Find(ep.Addr()); ok && s.Ingress != nil {
 					return nil, true
 				}
 			}
-		}
-		if len(out) > 0 {
-			break
 		}
 	}
 	return out, false
@@ -168,8 +174,12 @@ func (p *Plan) Probes(node string, ends map[string]End) []Probe {
 	}
 	out = append(out, echoes(NodeToPod, node, lead, pod)...)
 	for _, s := range p.services {
+		kind := PodToService
+		if s.at.Proto == render.UDP {
+			kind = PodToUDP
+		}
 		if family(pod, s.at.Addr) {
-			out = append(out, Probe{Kind: PodToService, To: s.name, Address: s.at.Addr, Port: s.at.Port})
+			out = append(out, Probe{Kind: kind, To: s.name, Address: s.at.Addr, Port: s.at.Port, Names: s.names})
 		}
 	}
 	if !p.dns.Address.IsValid() {

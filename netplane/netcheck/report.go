@@ -108,7 +108,7 @@ func (a *adviser) check(c Check) {
 		}
 		a.say("the pods of %s are not reached from %s while the nodes may reach each other: is UDP port 4789 (VXLAN), or 51820 (WireGuard), open between them? on %s: ip route get %s",
 			c.To, c.From, c.From, c.Address)
-	case c.Kind == PodToService:
+	case c.Kind == PodToService || c.Kind == PodToUDP:
 		name, _, _ := strings.Cut(c.To, ":")
 		namespace, name, _ := strings.Cut(name, "/")
 		a.say("service %s is not reached from pods on %s (%s): decree describe service %s -n %s shows its endpoints, `decree doctor` on %s what balances them",

@@ -73,7 +73,37 @@ func NewLab(t testing.TB) *Lab {
 	for _, h := range append([]Host{Outside, Node}, Pods...) {
 		l.serve(t, h)
 	}
+	l.settle(t)
 	return l
+}
+
+// settle waits until all hosts reach the node: the kernel looks at new links about once a
+// second, and drops what is sent over one before that.
+func (l *Lab) settle(t testing.TB) {
+	t.Helper()
+	end := time.Now().Add(20 * time.Second)
+	var wg sync.WaitGroup
+	for _, h := range append([]Host{Outside}, Pods...) {
+		for _, n := range Nets {
+			to := n.Addr[Node]
+			if h == Outside {
+				to = n.Uplink
+			}
+			wg.Go(func() {
+				v, err := Verdict{Dropped: true}, error(nil)
+				for err == nil && v.Dropped && time.Now().Before(end) {
+					v, err = l.Send(h, render.ICMP, netip.AddrPortFrom(to, 0))
+				}
+				if err != nil || !v.To.IsValid() {
+					t.Errorf("the link of %s does not come up: %+v, %v", h, v, err)
+				}
+			})
+		}
+	}
+	wg.Wait()
+	if t.Failed() {
+		t.FailNow()
+	}
 }
 
 // routeAway leads to addresses that no host holds, as a node's default route would.
@@ -231,7 +261,7 @@ func (l *Lab) Send(from Host, proto render.Proto, to netip.AddrPort) (v Verdict,
 		case render.UDP:
 			v, err = sendUDP(to)
 		case render.SCTP:
-			v, err = sendSCTP(to)
+			v, err = sendSCTP(sctpPort(), to)
 		default:
 			v, err = ping(to.Addr())
 		}
@@ -246,12 +276,7 @@ func sendTCP(to netip.AddrPort) (Verdict, error) {
 		return failed(err)
 	}
 	defer c.Close()
-	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
-	b, err := io.ReadAll(c)
-	if err != nil {
-		return failed(err)
-	}
-	return answered(string(b))
+	return told(c)
 }
 
 func sendUDP(to netip.AddrPort) (Verdict, error) {
@@ -291,6 +316,16 @@ func (l *Lab) Flow(from Host, to netip.AddrPort) (func() (Verdict, error), func(
 		return nil, nil, err
 	}
 	return func() (Verdict, error) { return exchange(c) }, func() { c.Close() }, nil
+}
+
+// told is what a server says to whoever connects.
+func told(c net.Conn) (Verdict, error) {
+	_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+	b, err := io.ReadAll(c)
+	if err != nil {
+		return failed(err)
+	}
+	return answered(string(b))
 }
 
 func failed(err error) (Verdict, error) {

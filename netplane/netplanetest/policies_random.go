@@ -55,8 +55,8 @@ func ComparePolicies(t *testing.T, w Sender, p Policies, n Net) {
 				at = netip.AddrPortFrom(n.Service(to+1), port.Port-8000)
 			}
 			wg.Go(func() {
-				got, err1 := w.Send(from, port.Proto, at)
 				want, err2 := model.Send(from, port.Proto, at)
+				got, err1 := insist(w, from, port.Proto, at, want.To.IsValid())
 				if err1 != nil || err2 != nil || got.To != want.To || got.Dropped != want.Dropped {
 					failures[i] = fmt.Sprintf("from %s to %s %s: %+v %v, the model has %+v %v", from, port.Proto, at, got, err1, want, err2)
 				}

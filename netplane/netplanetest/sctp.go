@@ -83,14 +83,16 @@ func serveSCTP(c *net.IPConn, own netip.AddrPort) {
 	}
 }
 
-// sendSCTP sends an INIT and waits for the answer.
-func sendSCTP(to netip.AddrPort) (Verdict, error) {
+// sctpPort is a port for an association.
+func sctpPort() uint16 { return uint16(20000 + rand.N(20000)) }
+
+// sendSCTP sends an INIT from a port and waits for the answer.
+func sendSCTP(port uint16, to netip.AddrPort) (Verdict, error) {
 	c, err := net.DialIP(sctpNetwork(to.Addr()), nil, &net.IPAddr{IP: to.Addr().AsSlice()})
 	if err != nil {
 		return failed(err)
 	}
 	defer c.Close()
-	port := uint16(20000 + rand.N(20000))
 	if _, err := c.Write(sctpPacket(sctpInit, port, to.Port(), 0, rand.Uint32()|1, "")); err != nil {
 		if errors.Is(err, unix.EPERM) {
 			return Verdict{Rejected: true}, nil

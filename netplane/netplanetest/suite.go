@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/diff"
 	"decree.dev/decree/netplane/netplanetest/vm"
 	"decree.dev/decree/netplane/render"
 )
@@ -34,6 +35,7 @@ func RunFamily(t *testing.T, w World, n Net) {
 		{"hairpin", s.hairpin},
 		{"masquerade", s.masquerade},
 		{"samePort", s.samePort},
+		{"sharedPort", s.sharedPort},
 		{"udp", s.udp},
 		{"udpFlow", s.udpFlow},
 		{"udpBefore", s.udpBefore},
@@ -101,7 +103,12 @@ func (s *suite) sync(t *testing.T, tb render.Table) int {
 		t.Fatal(err)
 	}
 	if !got.Equal(tb) {
-		t.Fatalf("read back\n%+v\nafter sync of\n%+v", got, tb)
+		ops := diff.Services(got.Services, tb.Services)
+		for _, op := range ops[:min(len(ops), 3)] {
+			t.Logf("read back %+v instead of %+v", op.Have, op.Want)
+		}
+		got.Services, tb.Services = nil, nil
+		t.Fatalf("after sync %d services are read back as others; settings %+v instead of %+v", len(ops), got, tb)
 	}
 	return n
 }

@@ -2,9 +2,10 @@ package nft
 
 import (
 	"cmp"
+	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
+	"hash/maphash"
 	"net/netip"
 	"slices"
 
@@ -21,24 +22,24 @@ type actual struct {
 	// table is made anew.
 	sound  bool
 	exists bool
-	// chains are the sound balancers.
+	// chains are the balancers, true for those that are as they should be and are found by
+	// their number.
 	chains map[string]bool
 	// byPort are the elements of each service; rest all others.
 	byPort map[render.Port][]element
 	rest   []element
+	// digest is the sum of the hashes of all elements.
+	digest uint64
 }
 
-// readAttempts bounds how often a table is read that changes meanwhile. Any
-// change of any table counts: some hosts have busy ones.
-const readAttempts = 10
+var digestSeed = maphash.MakeSeed()
 
-// readFamily loads everything of one family.
-func (s *Services) readFamily(f *family) (*actual, error) {
-	a, err := s.readOnce(f)
-	for i := 1; i < readAttempts && errors.Is(err, wire.ErrInterrupted); i++ {
-		a, err = s.readOnce(f)
-	}
-	return a, err
+// readFamily loads everything of one family, more than once if it is not as expected; see
+// [wire.Settled].
+func (s *Services) readFamily(ctx context.Context, f *family, expected func(*actual) bool) (*actual, error) {
+	return wire.Settled(ctx, func() (*actual, error) { return s.readOnce(f) }, func(a *actual) bool {
+		return expected(a) || !a.sound
+	}, func(a, b *actual) bool { return a.digest == b.digest })
 }
 
 func (s *Services) readOnce(f *family) (*actual, error) {
@@ -58,8 +59,11 @@ func (s *Services) readOnce(f *family) (*actual, error) {
 	if a.sound, err = s.checkChains(f, t, a.chains); err != nil || !a.sound {
 		return a, err
 	}
+	if a.sound, err = s.checkNumbers(f, t, a.chains); err != nil || !a.sound {
+		return a, err
+	}
 	for _, id := range s.layout.sets {
-		if id == affinity {
+		if id == affinity || id == balancers {
 			continue
 		}
 		size := f.set(t, id).KeyType.Bytes
@@ -77,6 +81,7 @@ func (s *Services) readOnce(f *family) (*actual, error) {
 }
 
 func (a *actual) add(f *family, e element) {
+	a.digest += maphash.Comparable(digestSeed, e)
 	key := e.key
 	switch e.set {
 	case services, split, guarded, closed:
@@ -150,6 +155,28 @@ func (s *Services) checkChains(f *family, t *nftables.Table, balancers map[strin
 	return true, nil
 }
 
+// checkNumbers takes the balancers that are not found by their number for unsound.
+func (s *Services) checkNumbers(f *family, t *nftables.Table, chains map[string]bool) (sound bool, err error) {
+	if !slices.Contains(s.layout.sets, balancers) {
+		return true, nil
+	}
+	found := map[string]bool{}
+	sound = true
+	err = s.wire.contents(f, t.Name, balancers, func(e element) {
+		b, ok := parseNumber(e.key)
+		sound = sound && ok && b.name() == e.val
+		found[e.val] = true
+	})
+	if err != nil {
+		return false, fmt.Errorf("read set %s %s %s: %w", f.name, t.Name, setNames[balancers], err)
+	}
+	for name := range chains {
+		chains[name] = chains[name] && found[name]
+	}
+	chains[verdictDrop] = found[verdictDrop]
+	return sound, nil
+}
+
 // service decodes the elements of one service as far as they make sense.
 func (f *family) service(p render.Port, es []element) (render.Service, bool) {
 	s := render.Service{Port: p}
@@ -161,12 +188,11 @@ func (f *family) service(p render.Port, es []element) (render.Service, bool) {
 		case closed:
 			known = true
 		case services:
-			known, s.Drop = true, e.val == verdictDrop
-			if b, ok := parseBalancer(e.val); ok {
-				n, s.Affinity = b.n, b.affinity
-			}
+			b, ok := parseNumber(e.val)
+			known, s.Drop = true, ok && b.n == 0
+			n, s.Affinity = b.n, b.affinity
 		case split:
-			b, _ := parseBalancer(e.val)
+			b, _ := parseNumber(e.val)
 			s.Split, outer = true, b.n
 		case endpoints:
 			backends = append(backends, e)

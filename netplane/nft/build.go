@@ -1,9 +1,11 @@
 package nft
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net/netip"
 	"os"
 	"slices"
@@ -70,44 +72,73 @@ func (s *Services) addChain(f *family, t *nftables.Table, c *chain) error {
 
 // addBalancers makes the balancers that the changes go to, where they are missing
 // or not as they should be.
-func (s *Services) addBalancers(f *family, cs []change) error {
-	t := s.table(f)
-	var made []string
+func (s *Services) addBalancers(ctx context.Context, f *family, cs []change) error {
+	missing := map[string]bool{}
 	for i := range cs {
 		for j := range cs[i].adds {
 			e := &cs[i].adds[j]
-			if e.set != services && e.set != split || e.val == verdictDrop || s.chains[f][e.val] || slices.Contains(made, e.val) {
+			if e.set != services && e.set != split {
 				continue
 			}
-			made = append(made, e.val)
-			if err := s.addBalancer(f, t, e.val); err != nil {
-				return err
+			b, _ := parseNumber(e.val)
+			if name := b.name(); !s.chains[f][name] {
+				missing[name] = true
 			}
 		}
 	}
 	// Those that are there but damaged may have services that do not change.
 	for name, ok := range s.chains[f] {
-		if !ok && !slices.Contains(made, name) {
-			made = append(made, name)
+		if !ok {
+			missing[name] = true
+		}
+	}
+	t := s.table(f)
+	for names := range slices.Chunk(slices.Sorted(maps.Keys(missing)), maxChains) {
+		for _, name := range names {
 			if err := s.addBalancer(f, t, name); err != nil {
 				return err
 			}
 		}
-	}
-	if len(made) == 0 {
-		return nil
-	}
-	if err := s.conn.Flush(); err != nil {
-		return fmt.Errorf("make chains of %s %s: %w", f.name, t.Name, err)
-	}
-	for _, name := range made {
-		s.chains[f][name] = true
+		if err := s.conn.Flush(); err != nil {
+			return fmt.Errorf("make chains of %s %s: %w", f.name, t.Name, err)
+		}
+		if err := s.wire.commit(ctx, f, s.name, nil, numbered(names)); err != nil {
+			return fmt.Errorf("number chains of %s %s: %w", f.name, t.Name, err)
+		}
+		for _, name := range names {
+			s.chains[f][name] = true
+		}
 	}
 	return nil
 }
 
+// maxChains is how many chains are made or deleted at once: there is an answer to each of a
+// few messages for one, and the socket holds some two hundred.
+const maxChains = 32
+
+// usual are the balancers that a table has from the beginning, which are to be made.
+func usual() map[string]bool {
+	out := map[string]bool{}
+	for n := range usualEndpoints + 1 {
+		out[balancer{n: n}.name()] = false
+	}
+	return out
+}
+
+// numbered are the elements by which balancers are found.
+func numbered(names []string) (out []element) {
+	for _, name := range names {
+		b, _ := parseBalancer(name)
+		out = append(out, element{set: balancers, key: b.number(), val: name})
+	}
+	return out
+}
+
 func (s *Services) addBalancer(f *family, t *nftables.Table, name string) error {
-	b, _ := parseBalancer(name)
+	b, ok := parseBalancer(name)
+	if !ok {
+		return nil // the one that drops needs no chain
+	}
 	c := f.balancerChain(b)
 	s.conn.AddChain(&nftables.Chain{Name: name, Table: t})
 	s.conn.FlushChain(&nftables.Chain{Name: name, Table: t})
@@ -116,34 +147,40 @@ func (s *Services) addBalancer(f *family, t *nftables.Table, name string) error 
 
 // collect deletes balancers that no service goes to, once there are many. What
 // does not work now works later, so that it is no error.
-func (s *Services) collect(want *render.Table) {
+func (s *Services) collect(ctx context.Context, want *render.Table) {
 	for _, f := range families {
 		if len(s.chains[f]) <= maxIdleChains {
 			continue
 		}
-		idle := map[string]bool{}
-		for name := range s.chains[f] {
-			idle[name] = true
+		idle := maps.Clone(s.chains[f])
+		for name := range usual() {
+			delete(idle, name)
 		}
 		for i := range want.Services {
 			if svc := &want.Services[i]; familyOf(svc.Addr) == f {
-				delete(idle, balancer{n: len(svc.Endpoints), affinity: svc.Affinity}.name())
-				delete(idle, balancer{outside: true, n: len(svc.Outside), affinity: svc.Affinity}.name())
+				delete(idle, balancerOf(svc, false).name())
+				delete(idle, balancerOf(svc, true).name())
 			}
 		}
 		if len(idle) <= maxIdleChains {
 			continue
 		}
-		for name := range idle {
-			s.conn.DelChain(&nftables.Chain{Name: name, Table: s.table(f)})
-		}
-		if err := s.conn.Flush(); err != nil {
-			s.log.Warn("delete unused chains", "family", f.name, "table", s.name, "err", err)
-			s.known = false
-			continue
-		}
-		for name := range idle {
-			delete(s.chains[f], name)
+		for names := range slices.Chunk(slices.Collect(maps.Keys(idle)), maxChains) {
+			err := s.wire.commit(ctx, f, s.name, numbered(names), nil)
+			if err == nil {
+				for _, name := range names {
+					s.conn.DelChain(&nftables.Chain{Name: name, Table: s.table(f)})
+				}
+				err = s.conn.Flush()
+			}
+			if err != nil {
+				s.log.Warn("delete unused chains", "family", f.name, "table", s.name, "err", err)
+				s.known = false
+				break
+			}
+			for _, name := range names {
+				delete(s.chains[f], name)
+			}
 		}
 	}
 }

@@ -10,8 +10,8 @@ import (
 	"decree.dev/decree/netplane/render"
 )
 
-// element is one entry of a set. val is the data of a map, the chain to go to (or
-// verdictDrop), or, of allowed, the last key of its range.
+// element is one entry of a set. val is the data of a map, of balancers the chain to go to (or
+// verdictDrop), and of allowed the last key of its range.
 type element struct {
 	set      setID
 	key, val string
@@ -64,17 +64,15 @@ func elementsOf(out []element, s *render.Service) []element {
 	n := len(s.Endpoints)
 	switch {
 	case n == 0 && s.Drop:
-		return append(out, element{set: services, key: port, val: verdictDrop})
+		return append(out, element{set: services, key: port, val: balancer{}.number()})
 	case n == 0:
 		return append(out, element{set: closed, key: port})
 	}
-	out = append(out, element{set: services, key: port, val: balancer{n: n, affinity: s.Affinity}.name()})
+	out = append(out, element{set: services, key: port, val: balancerOf(s, false).number()})
 	out = backendsOf(out, s, port, false)
-	if m := len(s.Outside); s.Split && m > 0 {
-		out = append(out, element{set: split, key: port, val: balancer{outside: true, n: m, affinity: s.Affinity}.name()})
+	if s.Split {
+		out = append(out, element{set: split, key: port, val: balancerOf(s, true).number()})
 		out = backendsOf(out, s, port, true)
-	} else if s.Split {
-		out = append(out, element{set: split, key: port, val: verdictDrop})
 	}
 	if len(s.Sources) > 0 {
 		out = append(out, element{set: guarded, key: port})
@@ -96,7 +94,7 @@ func backendsOf(out []element, s *render.Service, port string, fromOutside bool)
 	if fromOutside {
 		eps, first = s.Outside, firstOutside
 	}
-	for i, ep := range eps {
+	for i, ep := range eps[:balancerOf(s, fromOutside).n] {
 		key := word(first+uint32(i), port)
 		backend := string(appendAddrPort(nil, ep))
 		out = append(out, element{set: endpoints, key: key, val: backend})
@@ -129,10 +127,6 @@ func identity(backend string, fromOutside bool, taken map[uint32]bool) uint32 {
 func word(n uint32, rest string) string {
 	var b [4 + 16 + 8]byte // the longest: an IPv6 address, a protocol and a port
 	return string(append(binary.NativeEndian.AppendUint32(b[:0], n), rest...))
-}
-
-func hairpinOf(a netip.Addr) element {
-	return element{set: hairpin, key: string(appendAddr(appendAddr(nil, a), a))}
 }
 
 // settingsOf appends the elements of everything in t but its services.

@@ -163,10 +163,7 @@ func (g *Guard) Read(ctx context.Context) (GuardState, error) {
 	st := GuardState{Marks: map[Mark]bool{}, Before: map[uint32]uint32{}, Salvaged: map[Mark]bool{}}
 	g.sound, g.made = map[*family]bool{}, map[*family]bool{}
 	for _, f := range families {
-		if err := context.Cause(ctx); err != nil {
-			return st, err
-		}
-		a, err := g.s.readFamily(f)
+		a, err := g.s.readFamily(ctx, f, func(*actual) bool { return false })
 		if err != nil {
 			return st, err
 		}
@@ -318,12 +315,18 @@ func (f *family) guardChains() []chain {
 		// (net/netfilter/ipvs/ip_vs_core.c). What nftables translated (-100) is not for
 		// IPVS, nor for the rule of routing: both backends are there while one gives way.
 		beforeIPVS, afterIPVS, afterDNAT = -99, 110, -90
+		// It is at 100 of the hook forward, and policies judge from 105 of input on.
+		behindIPVS = 101
 	)
 	filter := func(name string, hook *nftables.ChainHook, prio nftables.ChainPriority, rules [][]expr.Any) chain {
 		return chain{name: name, typ: nftables.ChainTypeFilter, hook: hook, prio: &prio, rules: rules}
 	}
 	return []chain{
 		{name: "refuse", rules: f.refuse()},
+		filter("direct", nftables.ChainHookPrerouting, *nftables.ChainPriorityMangle, slices.Concat(f.direct(), f.hide(false))),
+		filter("direct_output", nftables.ChainHookOutput, *nftables.ChainPriorityMangle, f.direct()),
+		filter("show_input", nftables.ChainHookInput, behindIPVS, f.hide(true)),
+		filter("show_forward", nftables.ChainHookForward, behindIPVS, f.hide(true)),
 		filter("deliver", nftables.ChainHookPrerouting, afterDNAT, f.deliver()),
 		filter("new_input", nftables.ChainHookInput, 0, f.admit(false)),
 		filter("new_output", nftables.ChainHookOutput, beforeIPVS, f.admit(true)),

@@ -2,9 +2,9 @@
 //
 // Everything lives in one table of our own (one for IPv4, and one for IPv6 where
 // it is used). The number of rules does not grow with the number of services: a
-// map finds a packet's service and with it the chain for its number of endpoints,
-// that chain draws a random index, and a second map finds the endpoint by index
-// and service. A change of a service is a change of map elements in one
+// map finds a packet's service and with it the chain for its number of endpoints (by a
+// second map, see [balancers]), that chain draws a random index, and a third map finds the
+// endpoint by index and service. A change of a service is a change of map elements in one
 // transaction, so that no packet sees half of it.
 //
 // What it holds survives this process; the next one reads it back and goes on.
@@ -14,7 +14,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"iter"
 	"log/slog"
 	"net/netip"
 	"os"
@@ -33,13 +32,20 @@ import (
 // DefaultTable is the name of the tables unless told otherwise.
 const DefaultTable = "decree"
 
-// maxTransaction is how many elements go to the kernel at once. The kernel checks all
-// that services lead to in each transaction that adds a service, so that few large
-// ones are faster; a bound keeps other users of nftables from waiting long.
+// maxTransaction is how many elements go to the kernel at once: a bound keeps other users
+// of nftables from waiting long.
 const maxTransaction = 16000
 
-// maxIdleChains is how many balancers without a service are kept for the next one.
+// maxIdleChains is how many balancers without a service are kept for the next one, beside
+// the usual ones.
 const maxIdleChains = 64
+
+// usualEndpoints is for how many endpoints there are balancers from the beginning: for each
+// that is made later the kernel walks through all endpoints that there are.
+const usualEndpoints = 8
+
+// errPods: what is a pod of this node has to be looked at anew.
+var errPods = errors.New("the pods of this node have other addresses")
 
 var errClosed = fmt.Errorf("service tables: %w", os.ErrClosed)
 
@@ -61,7 +67,8 @@ type Services struct {
 	known  bool
 	have   render.Table
 	chains map[*family]map[string]bool
-	// reach counts how many services go to an address.
+	// reach counts what an address is in hairpin for: each endpoint that is a pod of this
+	// node, and that it is in Near.
 	reach map[netip.Addr]int
 	// swept are the lost pods at the last forgetUnanswered, lost that another is due.
 	swept []netip.Prefix
@@ -118,7 +125,9 @@ func (s *Services) Sync(ctx context.Context, want render.Table) (int, error) {
 		if err == nil || ctx.Err() != nil {
 			return n, err
 		}
-		s.log.Warn("service table is not as expected; reading it back", "table", s.name, "err", err)
+		if !errors.Is(err, errPods) {
+			s.log.Warn("service table is not as expected; reading it back", "table", s.name, "err", err)
+		}
 	}
 	return s.full(ctx, want)
 }
@@ -132,10 +141,11 @@ func (s *Services) Read(ctx context.Context) (render.Table, error) {
 		return t, errClosed
 	}
 	for _, f := range families {
-		if err := context.Cause(ctx); err != nil {
-			return t, err
-		}
-		a, err := s.readFamily(f)
+		undisturbed := false
+		a, err := s.readFamily(ctx, f, func(a *actual) bool {
+			undisturbed = s.known && s.undisturbed(f, a)
+			return undisturbed
+		})
 		if err != nil {
 			return t, err
 		}
@@ -145,14 +155,32 @@ func (s *Services) Read(ctx context.Context) (render.Table, error) {
 			}
 		}
 		f.settings(&t, a.rest)
-		s.known = s.known && s.undisturbed(f, a)
+		s.known = undisturbed
 	}
 	sortServices(t.Services)
 	return t, nil
 }
 
 // Purge implements netplane.Services.
-func (s *Services) Purge(ctx context.Context) error {
+func (s *Services) Purge(ctx context.Context) error { return s.every(ctx, s.dropTable) }
+
+// Retire removes all services; connections that are established go on, because the
+// kernel remembers where they go. It is done at once.
+//
+// What refuses goes first. When all went at once, a new connection was refused about once in
+// a hundred times on a busy machine, and not by the balancer that was to take it: it seems that
+// a packet that is on its way can miss the rules that translate and still meet those that
+// refuse what was not translated.
+func (s *Services) Retire(ctx context.Context) (bool, error) {
+	err := s.every(ctx, s.unrefuse)
+	if err == nil {
+		err = s.Purge(ctx)
+	}
+	return err == nil, err
+}
+
+// every does something to both tables, after which they have to be read anew.
+func (s *Services) every(ctx context.Context, do func(*family) error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.closed {
@@ -163,18 +191,25 @@ func (s *Services) Purge(ctx context.Context) error {
 		if err := context.Cause(ctx); err != nil {
 			return err
 		}
-		if err := s.dropTable(f); err != nil {
+		if err := do(f); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// Retire removes all services; connections that are established go on, because the
-// kernel remembers where they go. It is done at once.
-func (s *Services) Retire(ctx context.Context) (bool, error) {
-	err := s.Purge(ctx)
-	return err == nil, err
+// unrefuse empties the chains that refuse.
+func (s *Services) unrefuse(f *family) error {
+	t := s.table(f)
+	for _, c := range f.chains() {
+		if c.typ == nftables.ChainTypeFilter {
+			s.conn.FlushChain(&nftables.Chain{Name: c.name, Table: t})
+		}
+	}
+	if err := s.conn.Flush(); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("empty chains of table %s %s: %w", f.name, t.Name, err)
+	}
+	return nil
 }
 
 func (s *Services) dropTable(f *family) error {
@@ -207,12 +242,27 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 		f := familyOf(op.Port().Addr)
 		byFamily[f] = append(byFamily[f], s.changeOf(op))
 	}
+	if !slices.Equal(s.have.Pods, want.Pods) {
+		return n, errPods
+	}
 	if !s.have.SameConfig(want) {
 		n++
 		before, after := differing(s.have, want)
 		for _, f := range families {
+			c := s.recount(func(count func(netip.Addr, int)) {
+				for _, x := range []struct {
+					near []netip.Addr
+					by   int
+				}{{after.Near, 1}, {before.Near, -1}} {
+					for _, a := range x.near {
+						if familyOf(a) == f {
+							count(a, x.by)
+						}
+					}
+				}
+			})
 			dels, adds := settingChanges(f.settingsOf(nil, &before), f.settingsOf(nil, &after))
-			byFamily[f] = append([]change{{dels, adds}}, byFamily[f]...)
+			byFamily[f] = append([]change{{append(dels, c.dels...), append(adds, c.adds...)}}, byFamily[f]...)
 		}
 	}
 	for _, f := range families {
@@ -224,7 +274,7 @@ func (s *Services) incremental(ctx context.Context, want render.Table) (int, err
 		}
 	}
 	s.have, s.known = want, true
-	s.collect(&want)
+	s.collect(ctx, &want)
 	return n, s.forgetFlows(ops, &want)
 }
 
@@ -248,47 +298,12 @@ func (s *Services) changeOf(op diff.Op) change {
 	if op.Want != nil {
 		want = elementsOf(nil, op.Want)
 	}
-	var c change
-	c.dels, c.adds = changes(have, want)
-	before := map[netip.Addr]int{}
-	count := func(svc *render.Service, by int) {
-		if svc == nil {
-			return
-		}
-		for ep := range everyEndpoint(svc) {
-			if _, ok := before[ep.Addr()]; !ok {
-				before[ep.Addr()] = s.reach[ep.Addr()]
-			}
-			s.reach[ep.Addr()] += by
-		}
-	}
-	count(op.Want, 1)
-	count(op.Have, -1)
-	for a, n := range before {
-		switch now := s.reach[a]; {
-		case n == 0 && now > 0:
-			c.adds = append(c.adds, hairpinOf(a))
-		case n > 0 && now == 0:
-			c.dels = append(c.dels, hairpinOf(a))
-			delete(s.reach, a)
-		case now == 0:
-			delete(s.reach, a)
-		}
-	}
-	return c
-}
-
-// everyEndpoint is what any client may be led to; some of it may come twice.
-func everyEndpoint(svc *render.Service) iter.Seq[netip.AddrPort] {
-	return func(yield func(netip.AddrPort) bool) {
-		for _, eps := range [...][]netip.AddrPort{svc.Endpoints, svc.Outside} {
-			for _, ep := range eps {
-				if !yield(ep) {
-					return
-				}
-			}
-		}
-	}
+	c := s.recount(func(count func(netip.Addr, int)) {
+		countPods(op.Want, s.have.Pods, 1, count)
+		countPods(op.Have, s.have.Pods, -1, count)
+	})
+	dels, adds := changes(have, want)
+	return change{append(dels, c.dels...), append(adds, c.adds...)}
 }
 
 // full reads the kernel's tables and goes from there to want.
@@ -296,15 +311,25 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 	s.known = false
 	s.chains = map[*family]map[string]bool{}
 	s.reach = map[netip.Addr]int{}
+	count := func(a netip.Addr, by int) { s.reach[a] += by }
 	for i := range want.Services {
-		for ep := range everyEndpoint(&want.Services[i]) {
-			s.reach[ep.Addr()]++
-		}
+		countPods(&want.Services[i], want.Pods, 1, count)
+	}
+	for _, a := range want.Near {
+		count(a, 1)
 	}
 	n := 0
 	var ops []diff.Op
 	for _, f := range families {
-		a, err := s.readFamily(f)
+		var cs []change
+		var fops []diff.Op
+		var count int
+		a, err := s.readFamily(ctx, f, func(a *actual) bool {
+			if a.sound {
+				cs, fops, count = s.compare(f, a, &want)
+			}
+			return len(cs) == 0
+		})
 		if err != nil {
 			return n, err
 		}
@@ -323,9 +348,10 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 				return n, err
 			}
 			s.log.Info("service table made", "family", f.name, "table", s.name)
+			a.chains = usual()
+			cs, fops, count = s.compare(f, a, &want)
 		}
 		s.chains[f] = a.chains
-		cs, fops, count := s.compare(f, a, &want)
 		ops = append(ops, fops...)
 		n += count
 		if err := s.apply(ctx, f, &want, cs); err != nil {
@@ -333,7 +359,7 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 		}
 	}
 	s.have, s.known = want, true
-	s.collect(&want)
+	s.collect(ctx, &want)
 	return n, s.forgetFlows(ops, &want)
 }
 
@@ -342,7 +368,6 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 func (s *Services) compare(f *family, a *actual, want *render.Table) (cs []change, ops []diff.Op, count int) {
 	note := func(p render.Port, svc *render.Service, es []element) {
 		have := a.byPort[p]
-		delete(a.byPort, p)
 		c := change{}
 		if c.dels, c.adds = changes(have, es); len(c.dels)+len(c.adds) == 0 {
 			return
@@ -358,7 +383,9 @@ func (s *Services) compare(f *family, a *actual, want *render.Table) (cs []chang
 		}
 	}
 	for p := range a.byPort {
-		note(p, nil, nil)
+		if _, ok := want.Find(p); !ok {
+			note(p, nil, nil)
+		}
 	}
 	count = len(cs)
 	before, after := s.shared(f, a, want)
@@ -405,7 +432,7 @@ func isSetting(c change) bool {
 // apply makes the balancers that want needs and commits the changes, in as few
 // transactions as maxTransaction allows.
 func (s *Services) apply(ctx context.Context, f *family, want *render.Table, cs []change) error {
-	if err := s.addBalancers(f, cs); err != nil {
+	if err := s.addBalancers(ctx, f, cs); err != nil {
 		return err
 	}
 	var dels, adds []element

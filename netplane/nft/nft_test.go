@@ -7,14 +7,17 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/nftables"
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/diff"
 	"decree.dev/decree/netplane/netplanetest"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
@@ -93,17 +96,20 @@ func (k *kernel) Leftovers() (string, error) {
 }
 
 func TestConformance(t *testing.T) {
+	t.Parallel()
 	netplanetest.Run(t, &kernel{netplanetest.NewLab(t), t})
 }
 
 // TestCompare: random packets end in the kernel as they do in memory.
 func TestCompare(t *testing.T) {
+	t.Parallel()
 	netplanetest.Compare(t, &kernel{netplanetest.NewLab(t), t})
 }
 
 // TestAffinityEnds: a client is remembered for as long as the service says. Time has to pass
 // in the kernel, hence the sleep.
 func TestAffinityEnds(t *testing.T) {
+	t.Parallel()
 	k := &kernel{netplanetest.NewLab(t), t}
 	s, err := k.Services()
 	if err != nil {
@@ -114,7 +120,7 @@ func TestAffinityEnds(t *testing.T) {
 		Port:      render.Port{Addr: n.Service(1), Proto: render.TCP, Port: 80},
 		Endpoints: n.Endpoints(netplanetest.TCPPort, netplanetest.Pods...), Affinity: time.Second,
 	}
-	if _, err := s.Sync(t.Context(), render.Table{Services: []render.Service{svc}, Range: only(n.Range), Cluster: only(n.Cluster)}); err != nil {
+	if _, err := s.Sync(t.Context(), render.Table{Services: []render.Service{svc}, Range: only(n.Range), Cluster: only(n.Cluster), Pods: only(n.Pods)}); err != nil {
 		t.Fatal(err)
 	}
 	seen := map[netip.AddrPort]bool{}
@@ -164,13 +170,106 @@ func TestListed(t *testing.T) {
 			return err
 		})
 		t.Logf("%s", out)
-		for _, want := range []string{"table " + map[bool]string{true: "ip", false: "ip6"}[n.Service(1).Is4()] + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : goto lb_3",
-			n.Service(4).String() + " . tcp . 80 : drop", "numgen random mod 2 offset 2147483648", n.Service(5).String() + " . tcp . 80 : goto out_2_3600",
-			n.Service(5).String() + " . tcp . 80 . " + n.Cluster.String(), n.Service(6).String() + " . tcp . 80 : drop"} {
+		for _, want := range []string{"table " + map[bool]string{true: "ip", false: "ip6"}[n.Service(1).Is4()] + " decree", "numgen random mod 3", n.Service(1).String() + " . tcp . 80 : 0x00000003",
+			"0x00000003 : goto lb_3", "0x00000000 : drop", " : goto out_2_3600", n.Service(4).String() + " . tcp . 80 : 0x00000000", "numgen random mod 2 offset 2147483648",
+			n.Service(5).String() + " . tcp . 80 . " + n.Cluster.String(), n.Service(6).String() + " . tcp . 80 : 0x00000000"} {
 			if !strings.Contains(string(out), want) {
 				t.Errorf("%q is not in the listing", want)
 			}
 		}
+	}
+}
+
+// TestGrowing: what is read is what is there, while the kernel makes hash tables larger in the
+// background, which takes it longer when it has no processor.
+func TestGrowing(t *testing.T) {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	if err := unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_FIFO, Priority: 1}, 0); err != nil {
+		t.Logf("%v: nothing keeps the kernel's workers from being quick", err) // such as in a cgroup without a share
+	}
+	defer unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr}, 0)
+	ns := netspacetest.Namespace(t, "node")
+	tb := manyServices(3000)
+	for i := range 40 {
+		s := open(t, ns)
+		if _, err := s.Sync(t.Context(), tb); err != nil {
+			t.Fatal(err)
+		}
+		if i%2 == 0 { // the next process finds nothing to do
+			next := open(t, ns)
+			if n, err := next.Sync(t.Context(), tb); err != nil || n != 0 {
+				t.Errorf("in round %d another process makes %d changes; %v", i, n, err)
+			}
+			next.Close()
+		}
+		if got, err := s.Read(t.Context()); err != nil || !got.Equal(tb) {
+			t.Fatalf("in round %d other %d services are read back; %v", i, len(diff.Services(got.Services, tb.Services)), err)
+		}
+		if err := errors.Join(s.Purge(t.Context()), s.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestBalancers: those that are not found by their number are repaired, and those that no
+// service needs any more are removed once they are many.
+func TestBalancers(t *testing.T) {
+	ns := netspacetest.Namespace(t, "node")
+	s := open(t, ns)
+	n := netplanetest.Nets[0]
+	sized := func(sizes int, affinity time.Duration) (tb render.Table) {
+		tb.Range = only(n.Range)
+		for i := range sizes {
+			svc := render.Service{Port: render.Port{Addr: n.Service(1), Proto: render.TCP, Port: uint16(1 + i)}, Affinity: affinity}
+			for j := range 1 + i {
+				svc.Endpoints = append(svc.Endpoints, netip.AddrPortFrom(n.Addr[netplanetest.Pod1], uint16(1+j)))
+			}
+			tb.Services = append(tb.Services, svc)
+		}
+		return tb
+	}
+	sync := func(tb render.Table) int {
+		t.Helper()
+		changed, err := s.Sync(t.Context(), tb)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got, err := s.Read(t.Context()); err != nil || !got.Equal(tb) {
+			t.Fatalf("%v; read back\n%+v\nof\n%+v", err, got, tb)
+		}
+		return changed
+	}
+	few := sized(3, 24*time.Hour)
+	few.Services = append(few.Services, render.Service{Port: render.Port{Addr: n.Service(2), Proto: render.TCP, Port: 80}, Drop: true})
+	sync(few)
+	before := list(t, ns)
+	for _, tamper := range []string{"flush map ip decree balancers", "delete element ip decree balancers { 0x00000000 }",
+		"add element ip decree balancers { 0x00000077 : drop }", "flush chain ip decree lb_2_86400"} {
+		netspacetest.In(t, ns, func() error {
+			out, err := exec.Command("nft", strings.Fields(tamper)...).CombinedOutput()
+			if err != nil {
+				return fmt.Errorf("nft %s: %w: %s", tamper, err, out)
+			}
+			return nil
+		})
+		if _, err := s.Read(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if changed := sync(few); changed == 0 && list(t, ns) != before {
+			t.Errorf("%s is not found", tamper)
+		}
+		if after := list(t, ns); after != before {
+			t.Errorf("%s: before\n%s\nafter\n%s", tamper, before, after)
+		}
+	}
+	sync(sized(100, 0))
+	if got := strings.Count(list(t, ns), "chain lb_"); got != 103 {
+		t.Errorf("%d balancers for 100 sizes, and 3 before", got)
+	}
+	sync(sized(1, 0))
+	if got := strings.Count(list(t, ns), "chain lb_"); got != 8 {
+		t.Errorf("%d balancers for one size, and those that are there always", got)
 	}
 }
 

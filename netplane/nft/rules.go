@@ -1,6 +1,7 @@
 package nft
 
 import (
+	"encoding/binary"
 	"strconv"
 	"strings"
 	"time"
@@ -47,8 +48,13 @@ func (f *family) chains() []chain {
 // balance sends packets to services on to the chain for their number of endpoints, unless
 // their source is not allowed. What this node sends itself never comes from outside.
 func (f *family) balance(own bool) [][]expr.Any {
+	// The number of the balancer travels in the packet mark, because the nft command cannot
+	// list rules that use the result of a lookup in another one.
+	mark := func(from bool) expr.Any {
+		return &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: from, Register: reg0}
+	}
 	to := func(id setID) []expr.Any {
-		return append(f.loadPort(reg0), mapped(reg0, id, unix.NFT_REG_VERDICT))
+		return append(f.loadPort(reg0), mapped(reg0, id, reg0), mark(true), mark(false), mapped(reg0, balancers, unix.NFT_REG_VERDICT))
 	}
 	client := f.load(reg0+f.words+2, f.saddr) // behind the service
 	rules := [][]expr.Any{
@@ -65,7 +71,7 @@ func (f *family) balance(own bool) [][]expr.Any {
 func (f *family) filter(forwarded bool) [][]expr.Any {
 	refuse := &expr.Verdict{Kind: expr.VerdictGoto, Chain: "refuse"}
 	rules := [][]expr.Any{
-		{ct(expr.CtKeySTATE), bits(reg0, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}, accept()},
+		append(ctHas(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), accept()),
 		{f.load(reg0, f.daddr), member(reg0, ranges), refuse},
 		append(f.loadPort(reg0), member(reg0, closed), refuse),
 	}
@@ -93,33 +99,85 @@ func (f *family) refuse() [][]expr.Any {
 // is on another node, and pods that leave the cluster. What this node sends to a service
 // in the range has the service's address as source, because that is local.
 func (f *family) masquerade() [][]expr.Any {
-	translated := []expr.Any{
-		ct(expr.CtKeySTATUS),
-		bits(reg0, dstNATStatus),
-		&expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)},
-	}
+	translated := ctHas(expr.CtKeySTATUS, dstNATStatus)
 	src, dst := f.load(reg0, f.saddr), f.load(reg0, f.daddr)
-	dst2 := f.load(reg0+f.words, f.daddr)
 	masq := &expr.Masq{FullyRandom: true}
-	// Others translate addresses too: only what goes to an endpoint of ours.
-	foreign := join(translated, []expr.Any{dst, dst2, member(reg0, hairpin), src, notMember(reg0, cluster)})
+	// Others translate addresses too: only what went through a balancer.
+	foreign := join(ctHas(expr.CtKeyMARK, BalancedBit), []expr.Any{src, notMember(reg0, cluster)})
 	own := []expr.Any{&expr.Meta{Key: expr.MetaKeyIIF, Register: reg0}, equal(make([]byte, 4))}
 	return [][]expr.Any{
-		join(translated, []expr.Any{src, dst2, member(reg0, hairpin), masq}),
+		join(translated, []expr.Any{src, f.load(reg0+f.words, f.daddr), member(reg0, hairpin), masq}),
 		join(foreign, []expr.Any{dst, notMember(reg0, near), masq}),
 		join(foreign, own, []expr.Any{masq}),
 		{src, member(reg0, pods), dst, notMember(reg0, cluster), dst, notMember(reg0, ranges), masq},
 	}
 }
 
-// balancer is a chain for all services with so many endpoints (at least one).
+// balancer is a chain for all services with so many endpoints; the one with none drops.
 type balancer struct {
 	outside  bool // for clients from outside only
 	n        int
 	affinity time.Duration
 }
 
+// The number of a balancer is that of its endpoints, outsideBit, and, with affinityBit, the
+// seconds of affinity from affinityShift on: 36 hours, where the API allows for 24. Of a
+// service with affinity not more than affinityMost endpoints are used.
+const (
+	outsideBit    = 1 << 31
+	affinityBit   = 1 << 30
+	affinityShift = 13
+	affinityMost  = 1<<affinityShift - 1
+	affinityLong  = (affinityBit>>affinityShift - 1) * time.Second
+)
+
+// balancerOf is the balancer of a service, for clients from outside or for all others.
+func balancerOf(s *render.Service, outside bool) balancer {
+	b := balancer{outside: outside, n: len(s.Endpoints), affinity: min(s.Affinity, affinityLong)}
+	if outside {
+		b.n = len(s.Outside)
+	}
+	if b.affinity > 0 {
+		b.n = min(b.n, affinityMost)
+	}
+	if b.n == 0 {
+		return balancer{}
+	}
+	return b
+}
+
+// number is b in a map.
+func (b balancer) number() string {
+	n := uint32(b.n)
+	if b.outside {
+		n |= outsideBit
+	}
+	if b.affinity > 0 {
+		n |= affinityBit | uint32(b.affinity/time.Second)<<affinityShift
+	}
+	return listed(n)
+}
+
+// parseNumber undoes number.
+func parseNumber(v string) (b balancer, ok bool) {
+	if len(v) != 4 {
+		return b, false
+	}
+	n := binary.BigEndian.Uint32([]byte(v))
+	b.outside = n&outsideBit != 0
+	if n &^= outsideBit; n&affinityBit != 0 {
+		n &^= affinityBit
+		b.affinity = time.Duration(n>>affinityShift) * time.Second
+		n &= affinityMost
+	}
+	b.n = int(n)
+	return b, b.number() == v && (b.n > 0 || b == balancer{})
+}
+
 func (b balancer) name() string {
+	if b.n == 0 {
+		return verdictDrop
+	}
 	name := "lb_"
 	if b.outside {
 		name = "out_"
@@ -155,8 +213,8 @@ func parseBalancer(name string) (balancer, bool) {
 // The random number lies in the register before the service's key, so that one
 // lookup finds the endpoint, whatever the number of services. With affinity, the
 // endpoint's identity travels in the packet mark of a connection's first packet
-// from one lookup to the next, because the nft command cannot list rules that use
-// the result of a lookup in another one; the mark is zero again when done.
+// from one lookup to the next, as the balancer's number did; the mark is zero when done, and
+// conntrack has BalancedBit.
 func (f *family) balancerChain(b balancer) chain {
 	key := reg0 + f.words     // service; one address before it for the client
 	data := key + f.words + 2 // endpoint
@@ -168,20 +226,20 @@ func (f *family) balancerChain(b balancer) chain {
 	nat := &expr.NAT{Type: expr.NATTypeDestNAT, Family: uint32(f.nf), RegAddrMin: data, RegProtoMin: data + f.words, Specified: true}
 	c := chain{name: b.name()}
 	pick := join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, endpoints, data)})
-	if b.affinity == 0 {
-		c.rules = [][]expr.Any{join(pick, []expr.Any{nat})}
-		return c
-	}
-	client := f.load(reg0, f.saddr)
 	mark := func(reg uint32) expr.Any { return &expr.Meta{Key: expr.MetaKeyMARK, Register: reg} }
 	setMark := func(reg uint32) expr.Any {
 		return &expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg}
 	}
+	done := join([]expr.Any{&expr.Immediate{Register: spare, Data: make([]byte, 4)}, setMark(spare)}, remember(spare, BalancedBit))
+	if b.affinity == 0 {
+		c.rules = [][]expr.Any{join(done, pick, []expr.Any{nat})}
+		return c
+	}
+	client := f.load(reg0, f.saddr)
 	dynset := func(op uint32, timeout time.Duration) expr.Any {
 		return &expr.Dynset{SetName: setNames[affinity], SrcRegKey: reg0, SrcRegData: spare, Operation: op, Timeout: timeout}
 	}
 	remember, forget := dynset(unix.NFT_DYNSET_OP_UPDATE, b.affinity), dynset(dynsetDelete, 0)
-	unmark := []expr.Any{&expr.Immediate{Register: spare, Data: make([]byte, 4)}, setMark(spare)}
 	find := []expr.Any{mark(key - 1), mapped(key-1, live, data)}
 	var allowed []expr.Any
 	if b.outside { // not what it is remembered by from a time when all went everywhere
@@ -190,13 +248,13 @@ func (f *family) balancerChain(b balancer) chain {
 	c.rules = [][]expr.Any{
 		// A client that is remembered, and whose endpoint is still there.
 		join([]expr.Any{client}, f.loadPort(key), []expr.Any{mapped(reg0, affinity, data), setMark(data)},
-			allowed, find, []expr.Any{client, mark(spare), remember}, unmark, []expr.Any{nat}),
+			allowed, find, []expr.Any{client, mark(spare), remember}, done, []expr.Any{nat}),
 		// Any other. An update keeps the endpoint that it finds: one that is gone has
 		// to be forgotten first.
 		join([]expr.Any{index}, f.loadPort(key), []expr.Any{mapped(key-1, identities, data), setMark(data)},
-			find, []expr.Any{client, mark(spare), forget, remember}, unmark, []expr.Any{nat}),
+			find, []expr.Any{client, mark(spare), forget, remember}, done, []expr.Any{nat}),
 		// Where there was no room to remember.
-		join(unmark, pick, []expr.Any{nat}),
+		join(done, pick, []expr.Any{nat}),
 	}
 	return c
 }
@@ -222,6 +280,11 @@ func (f *family) load(reg, offset uint32) expr.Any {
 func l4proto(reg uint32) expr.Any { return &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: reg} }
 
 func ct(key expr.CtKey) expr.Any { return &expr.Ct{Key: key, Register: reg0} }
+
+// ctHas finds packets of whose connection any of some bits is set.
+func ctHas(key expr.CtKey, mask uint32) []expr.Any {
+	return []expr.Any{ct(key), bits(reg0, mask), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}}
+}
 
 func equal(b []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: b} }
 

@@ -11,10 +11,13 @@ type setID uint8
 
 // The sets of a table.
 const (
-	// services maps address . protocol . port to the chain that balances it, or to drop.
+	// services maps address . protocol . port to the number of the balancer, and split the
+	// same for clients from outside, where they are led elsewhere.
 	services setID = iota
-	// split is services for clients from outside, where they are led elsewhere.
 	split
+	// balancers maps such numbers to chains, or to drop. The kernel checks all that verdicts
+	// lead to whenever one is added, so that there are few of them.
+	balancers
 	// guarded are the services for some sources only, and allowed the ranges service .
 	// client of those.
 	guarded
@@ -31,7 +34,7 @@ const (
 	// affinity maps client . service to the identity of an endpoint, which may be gone
 	// from live. Packets write it.
 	affinity
-	// hairpin are the pairs address . address of all endpoints: what a pod that
+	// hairpin are the pairs address . address of the endpoints on this node: what a pod that
 	// reached itself looks like.
 	hairpin
 	// cluster, pods, ranges, announced, near and local are the like-named fields of
@@ -69,7 +72,7 @@ const affinitySize = 1 << 18
 // firstOutside is the index of the first endpoint for clients from outside.
 const firstOutside = 1 << 31
 
-var setNames = [numAllSets]string{"services", "split", "guarded", "allowed", "endpoints", "closed", "identities", "live", "affinity", "hairpin",
+var setNames = [numAllSets]string{"services", "split", "balancers", "guarded", "allowed", "endpoints", "closed", "identities", "live", "affinity", "hairpin",
 	"cluster", "pods", "range", "announced", "near", "local",
 	"draining", "outside", "dropped", "marks", "undelivered", "before"}
 
@@ -86,7 +89,7 @@ type layout struct {
 
 // balancing is the layout of Services, guarding that of a Guard.
 var (
-	balancing = layout{[]setID{services, split, guarded, allowed, endpoints, closed, identities, live, affinity, hairpin, cluster, pods, ranges, announced, near, local}, (*family).chains}
+	balancing = layout{[]setID{services, split, balancers, guarded, allowed, endpoints, closed, identities, live, affinity, hairpin, cluster, pods, ranges, announced, near, local}, (*family).chains}
 	guarding  = layout{[]setID{closed, draining, outside, dropped, marks, undelivered, guarded, allowed, hairpin, cluster, pods, ranges, announced, near, local, before}, (*family).guardChains}
 )
 
@@ -96,8 +99,8 @@ func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
 	port := []nftables.SetDatatype{f.addrType, nftables.TypeInetProto, nftables.TypeInetService}
 	backend := nftables.MustConcatSetType(f.addrType, nftables.TypeInetService)
 	switch id {
-	case services, split:
-		s.KeyType, s.IsMap, s.DataType = concat(port...), true, nftables.TypeVerdict
+	case balancers:
+		s.KeyType, s.Concatenation, s.IsMap, s.DataType = nftables.TypeMark, false, true, nftables.TypeVerdict
 	case allowed:
 		s.KeyType, s.Interval = concat(append(slices.Clone(port), f.addrType)...), true
 	case endpoints, live:
@@ -106,7 +109,7 @@ func (f *family) set(t *nftables.Table, id setID) *nftables.Set {
 		s.KeyType, s.IsMap, s.DataType = concat(append([]nftables.SetDatatype{nftables.TypeMark}, port...)...), true, nftables.TypeMark
 	case before:
 		s.KeyType, s.Concatenation, s.IsMap, s.DataType = nftables.TypeMark, false, true, nftables.TypeMark
-	case marks:
+	case services, split, marks:
 		s.KeyType, s.IsMap, s.DataType = concat(port...), true, nftables.TypeMark
 	case closed, guarded, local, draining, outside, dropped, undelivered:
 		s.KeyType = concat(port...)

@@ -107,7 +107,7 @@ func (w *elementWire) element(e *element, value bool) {
 		w.Attr(unix.NFTA_DATA_VALUE, e.val)
 		w.Unnest(last)
 	case !value || e.val == "":
-	case e.set == services || e.set == split:
+	case e.set == balancers:
 		data := w.Nest(unix.NFTA_SET_ELEM_DATA)
 		w.verdict(e.val)
 		w.Unnest(data)

@@ -67,14 +67,15 @@ func New(cfg Config) *Overlay {
 }
 
 // Sync makes the kernel lead to the pods of peers, and to no others that any Sync ever
-// led to. It returns the plan and how many things it had to change. It is idempotent.
-func (o *Overlay) Sync(self render.Peer, peers []render.Peer) (Plan, int, error) {
+// led to; all pods of all nodes are in cluster. It returns the plan and how many things it had
+// to change. It is idempotent.
+func (o *Overlay) Sync(self render.Peer, peers []render.Peer, cluster []netip.Prefix) (Plan, int, error) {
 	links, err := o.links()
 	if err != nil {
 		return Plan{}, 0, err
 	}
 	self.Key = o.cfg.WireGuard.PublicKey() // whatever the cluster still thinks
-	plan := Decide(self, peers, links, o.cfg.WireGuard.Required)
+	plan := Decide(self, peers, links, cluster, o.cfg.WireGuard.Required)
 	n, err := o.apply(plan)
 	return plan, n, err
 }

@@ -145,7 +145,7 @@ func (l *lab) others(m *machine) (out []render.Peer) {
 func (l *lab) sync(m *machine, peers []render.Peer) (p Plan, n int) {
 	l.t.Helper()
 	netspacetest.In(l.t, m.node, func() (err error) {
-		p, n, err = m.overlay.Sync(m.Peer, peers)
+		p, n, err = m.overlay.Sync(m.Peer, peers, cluster)
 		return err
 	})
 	return p, n

@@ -117,8 +117,9 @@ const (
 // address in a network of this one is a neighbour: packets go there as they are. For all
 // others they are wrapped. Both ends decide the same, as both look at the same keys, the
 // same two addresses and, where networks are set up soundly, at the same mask. Where
-// encryption is required, there is no other way than the first.
-func Decide(self render.Peer, peers []render.Peer, links []Link, required bool) Plan {
+// encryption is required, there is no other way than the first: nor is there one to what else
+// is in cluster, the ranges of all pods, such as the pods of a node that was removed.
+func Decide(self render.Peer, peers []render.Peer, links []Link, cluster []netip.Prefix, required bool) Plan {
 	var p Plan
 	own, err := wgtypes.ParseKey(self.Key)
 	sealed := self.Key != "" && err == nil
@@ -147,8 +148,11 @@ func Decide(self render.Peer, peers []render.Peer, links []Link, required bool) 
 			p.Lost = append(p.Lost, peer.Node)
 		}
 		if sealed && required {
-			p.refuse(peer)
+			p.refuse(peer.Pods)
 		}
+	}
+	if sealed && required {
+		p.refuse(cluster)
 	}
 	slices.SortFunc(p.Routes, func(a, b Route) int {
 		return cmp.Or(a.Dst.Addr().Compare(b.Dst.Addr()), cmp.Compare(a.Dst.Bits(), b.Dst.Bits()))
@@ -162,10 +166,12 @@ func Decide(self render.Peer, peers []render.Peer, links []Link, required bool) 
 	return p
 }
 
-// refuse keeps what is sent to the pods of one node from leaving this one.
-func (p *Plan) refuse(peer render.Peer) {
-	for _, pods := range peer.Pods {
-		p.Routes = append(p.Routes, Route{Dst: pods, Link: Refused})
+// refuse keeps what is sent to these pods from leaving the node, unless a route leads there.
+func (p *Plan) refuse(pods []netip.Prefix) {
+	for _, q := range pods {
+		if !slices.ContainsFunc(p.Routes, func(r Route) bool { return r.Dst == q }) {
+			p.Routes = append(p.Routes, Route{Dst: q, Link: Refused})
+		}
 	}
 }
 

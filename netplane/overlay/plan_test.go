@@ -26,6 +26,9 @@ func nets(texts ...string) (out []netip.Prefix) {
 	return out
 }
 
+// cluster is where all pods of the tests are.
+var cluster = nets("10.42.0.0/16", "fd42::/16")
+
 // text is a plan in words.
 func text(p Plan) string {
 	var b strings.Builder
@@ -95,7 +98,7 @@ fd42:2::/64 via fd00:1::2 on 2
 `, ""},
 		{"an address that no interface has", self, []render.Peer{near}, []Link{eth1}, "", "n2"},
 	} {
-		p := Decide(c.self, c.peers, c.links, false)
+		p := Decide(c.self, c.peers, c.links, cluster, false)
 		if got := text(p); got != c.want {
 			t.Errorf("%s:\n%swant\n%s", c.name, got, c.want)
 		}
@@ -123,8 +126,10 @@ func TestDecideEncrypted(t *testing.T) {
 	both := `sealed mtu 1440 has [10.42.1.0 fd42:1::]
 jSD4 at 192.168.1.2 may be [10.42.2.0/24 192.168.1.2/32 fd42:2::/64]
 rosE at 192.168.2.3 may be [10.42.3.0/24 192.168.2.3/32]
+10.42.0.0/16 refused
 10.42.2.0/24 encrypted
 10.42.3.0/24 encrypted
+fd42::/16 refused
 `
 	for _, c := range []struct {
 		name     string
@@ -145,11 +150,18 @@ rosE at 192.168.2.3 may be [10.42.3.0/24 192.168.2.3/32]
 `, "n4 n5 n6", ""},
 		{"some without, which is forbidden", self, []render.Peer{bare, far, wrong, mine}, true, `sealed mtu 1440 has [10.42.1.0 fd42:1::]
 rosE at 192.168.2.3 may be [10.42.3.0/24 192.168.2.3/32]
+10.42.0.0/16 refused
 10.42.3.0/24 encrypted
 10.42.4.0/24 refused
 10.42.5.0/24 refused
 10.42.6.0/24 refused
+fd42::/16 refused
 `, "n4 n5 n6", ""},
+		{"a range that is all the cluster", self, []render.Peer{{Node: "n9", Addrs: addrs("192.168.1.9"), Pods: cluster, Key: key(9)}}, true, `sealed mtu 1440 has [10.42.1.0 fd42:1::]
+j8td at 192.168.1.9 may be [10.42.0.0/16 192.168.1.9/32 fd42::/16]
+10.42.0.0/16 encrypted
+fd42::/16 encrypted
+`, "", ""},
 		{"without a key of its own", plain, []render.Peer{near}, false, `device on 2 from 192.168.1.1 mtu 1450 has [10.42.1.0 fd42:1::]
 [fe80::ea56:2207:c32] at 192.168.1.2
 10.42.2.0/24 via 192.168.1.2 on 2
@@ -164,7 +176,7 @@ r2xr at 192.168.1.2 may be [10.42.8.0/24 192.168.1.8/32]
 fd42:2::/64 encrypted
 `, "", ""},
 	} {
-		p := Decide(c.self, c.peers, []Link{eth0}, c.required)
+		p := Decide(c.self, c.peers, []Link{eth0}, cluster, c.required)
 		if got := text(p); got != c.want {
 			t.Errorf("%s:\n%swant\n%s", c.name, got, c.want)
 		}
@@ -184,12 +196,12 @@ func TestDecideInAnyOrder(t *testing.T) {
 			Node: fmt.Sprint("p", i), Addrs: addrs(fmt.Sprintf("192.168.%d.%d", 1+i%3, 10+i)), Pods: nets(fmt.Sprintf("10.42.%d.0/24", 10+i)),
 		})
 	}
-	first := Decide(self, peers, []Link{link}, false)
+	first := Decide(self, peers, []Link{link}, nil, false)
 	if len(first.Routes) != 20 || len(first.Peers) != 13 {
 		t.Fatalf("%d routes, %d tunnels", len(first.Routes), len(first.Peers))
 	}
 	slices.Reverse(peers)
-	second := Decide(self, peers, []Link{link}, false)
+	second := Decide(self, peers, []Link{link}, nil, false)
 	if text(first) != text(second) {
 		t.Errorf("%s\nand\n%s", text(first), text(second))
 	}

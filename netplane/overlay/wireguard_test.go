@@ -1,7 +1,6 @@
 package overlay
 
 import (
-	"bytes"
 	"errors"
 	"net"
 	"net/netip"
@@ -12,7 +11,6 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/wgctrl"
 	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 
@@ -66,43 +64,6 @@ func (l *lab) encrypt(required bool, which ...int) {
 	}
 }
 
-// wiretap counts the packets between nodes with pattern in them until it is closed.
-type wiretap struct {
-	t  *testing.T
-	fd int
-}
-
-func (l *lab) wiretap() *wiretap {
-	w := &wiretap{t: l.t}
-	netspacetest.In(l.t, l.router, func() (err error) {
-		w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(htons(unix.ETH_P_ALL)))
-		return err
-	})
-	l.t.Cleanup(func() { unix.Close(w.fd) })
-	return w
-}
-
-func htons(v uint16) uint16 { return v<<8 | v>>8 }
-
-// seen returns how many packets there were since the last call, and how many of them
-// held pattern.
-func (w *wiretap) seen(pattern []byte) (all, with int) {
-	buf := make([]byte, 64<<10)
-	for {
-		n, _, err := unix.Recvfrom(w.fd, buf, 0)
-		if errors.Is(err, unix.EAGAIN) {
-			return all, with
-		}
-		if err != nil {
-			w.t.Fatal(err)
-		}
-		all++
-		if bytes.Contains(buf[:n], pattern) {
-			with++
-		}
-	}
-}
-
 // zeros are what ask sends; no packet of any kind of the lab's own has as many.
 var zeros = make([]byte, 200)
 
@@ -113,7 +74,7 @@ func TestKernelEncrypted(t *testing.T) {
 		t.Skip("TestInKernel runs it")
 	}
 	l := newLab(t)
-	tap := l.wiretap()
+	tap := netspacetest.Listen(t, l.router)
 	before := dump(t, l.machines[0].node)
 	l.encrypt(true, 0, 1, 2)
 	l.syncAll()
@@ -139,7 +100,7 @@ func TestKernelEncrypted(t *testing.T) {
 	if _, err := ask(n1.pod, n3.podAddr(0), 1440-28); err != nil {
 		t.Errorf("a packet of the size of the MTU: %v", err)
 	}
-	if all, with := tap.seen(zeros); all < 12 || with > 0 {
+	if all, with := tap.Seen(zeros); all < 12 || with > 0 {
 		t.Errorf("of %d packets between nodes %d can be read", all, with)
 	}
 	// What pods ask of the node itself goes in the clear, and its answers reach them.
@@ -207,7 +168,7 @@ func TestKernelEncrypted(t *testing.T) {
 	if p, _ := l.sync(n1, l.others(n1)); !slices.Equal(p.Clear, []string{"n3"}) {
 		t.Errorf("in the clear: %v", p.Clear)
 	}
-	tap.seen(zeros)
+	tap.Seen(zeros)
 	for f := range 2 {
 		if _, err := ask(n1.pod, n3.podAddr(f), 1000); err == nil {
 			t.Error("encryption is required, and a node without is reached")
@@ -216,7 +177,7 @@ func TestKernelEncrypted(t *testing.T) {
 	if p, n := l.sync(n1, l.others(n1)); n != 0 {
 		t.Errorf("a second Sync changed %d things: %s", n, text(p))
 	}
-	if _, with := tap.seen(zeros); with > 0 {
+	if _, with := tap.Seen(zeros); with > 0 {
 		t.Errorf("%d packets can be read where encryption is required", with)
 	}
 	l.encrypt(false, 0, 1)
@@ -224,7 +185,7 @@ func TestKernelEncrypted(t *testing.T) {
 	if _, err := ask(n1.pod, n3.podAddr(0), 1000); err != nil {
 		t.Error(err)
 	}
-	if _, with := tap.seen(zeros); with == 0 {
+	if _, with := tap.Seen(zeros); with == 0 {
 		t.Error("the wiretap does not see what is in the clear: this test proves nothing")
 	}
 	for range 2 {

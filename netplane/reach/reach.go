@@ -1,4 +1,4 @@
-// Package reach sends the probes of one node: echoes, connections, DNS queries. It only
+// Package reach sends the probes of one node: echoes, connections, datagrams, DNS queries. It only
 // measures; what is to be tried is for netplane/netcheck.
 package reach
 
@@ -54,6 +54,8 @@ func try(ctx context.Context, netns string, p netcheck.Probe) (o netcheck.Outcom
 		switch p.Kind {
 		case netcheck.PodToService:
 			o.Latency, err = connect(ctx, netns, netip.AddrPortFrom(p.Address, p.Port))
+		case netcheck.PodToUDP:
+			o, err = datagram(ctx, netns, netip.AddrPortFrom(p.Address, p.Port), p.Names)
 		case netcheck.NodeToDNS, netcheck.PodToDNS:
 			o.Latency, err = resolve(ctx, netns, netip.AddrPortFrom(p.Address, p.Port), p.To, p.Want)
 		default:
@@ -103,25 +105,32 @@ func resolve(ctx context.Context, netns string, server netip.AddrPort, name stri
 	case want.IsValid():
 		kind = dns.TypeAAAA
 	}
-	q := new(dns.Msg).SetQuestion(dns.Fqdn(name), kind)
-	var last error
+	answer, took, err := query(ctx, netns, server, new(dns.Msg).SetQuestion(dns.Fqdn(name), kind))
+	if err != nil {
+		return 0, err
+	}
+	return took, judge(answer, name, want)
+}
+
+// query asks a name server, twice if need be.
+func query(ctx context.Context, netns string, server netip.AddrPort, q *dns.Msg) (answer *dns.Msg, took time.Duration, err error) {
+	name := q.Question[0].Name
 	for range 2 {
-		c, err := dial(ctx, netns, "udp", server)
-		if err != nil {
-			return 0, err
+		var c net.Conn
+		if c, err = dial(ctx, netns, "udp", server); err != nil {
+			return nil, 0, err
 		}
 		client := dns.Client{Timeout: Patience}
-		answer, took, err := client.ExchangeWithConnContext(ctx, q, &dns.Conn{Conn: c})
+		answer, took, err = client.ExchangeWithConnContext(ctx, q, &dns.Conn{Conn: c})
 		c.Close()
 		if err == nil {
-			return took, judge(answer, name, want)
+			return answer, took, nil
 		}
-		last = err
 	}
-	if t, ok := last.(net.Error); ok && t.Timeout() {
-		return 0, fmt.Errorf("no answer to queries for %s", name)
+	if t, ok := err.(net.Error); ok && t.Timeout() {
+		return nil, 0, fmt.Errorf("no answer to queries for %s", name)
 	}
-	return 0, fmt.Errorf("query for %s: %w", name, last)
+	return nil, 0, fmt.Errorf("query for %s: %w", name, plain(err))
 }
 
 // judge says whether an answer is as it should be.

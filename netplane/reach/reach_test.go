@@ -6,12 +6,14 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/miekg/dns"
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netns"
 	"go.uber.org/goleak"
 
 	"decree.dev/decree/netplane/netcheck"
@@ -46,7 +48,36 @@ func lab(t *testing.T) (near, router, far string) {
 		netspacetest.Route(t, path, "0.0.0.0/0", via[0], "")
 		netspacetest.Route(t, path, "::/0", via[1], "")
 	}
+	await(t, near, "eth0")
+	await(t, router, "near", "far")
+	await(t, far, "eth0")
 	return near, router, far
+}
+
+// await waits until interfaces carry packets: on a busy machine the kernel drops them for a
+// second after an interface was set up.
+func await(t *testing.T, path string, names ...string) {
+	t.Helper()
+	ns, err := netns.GetFromPath(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	updates, done := make(chan netlink.LinkUpdate, 100), make(chan struct{})
+	err = netlink.LinkSubscribeWithOptions(updates, done, netlink.LinkSubscribeOptions{Namespace: &ns, ListExisting: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	up := map[string]bool{}
+	for u := range updates {
+		a := u.Link.Attrs()
+		if up[a.Name] = a.OperState == netlink.OperUp; !slices.ContainsFunc(names, func(n string) bool { return !up[n] }) {
+			break
+		}
+	}
+	close(done)
+	for range updates { // until the subscription has ended
+	}
 }
 
 func setMTU(t *testing.T, path, name string, mtu int) {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -14,24 +13,16 @@ import (
 	"decree.dev/decree/netplane/wire"
 )
 
-// readAttempts bounds how often a table is read that changes meanwhile. Any change of any
-// table counts: some hosts have busy ones.
-const readAttempts = 10
-
 // Read looks at what the kernel holds, as the next Apply will see it, and compares it with
 // what want says about chains and kinds of sets: a table that differs in those is made
 // anew. want may be nil.
 func (k *Kernel) Read(ctx context.Context, want *Table) error {
-	var err error
-	for range readAttempts {
-		if err = context.Cause(ctx); err != nil {
-			return err
-		}
-		if err = k.readOnce(want); !errors.Is(err, wire.ErrInterrupted) {
-			break
-		}
-	}
+	_, err := wire.Settled(ctx, func() (*Table, error) {
+		err := k.readOnce(want)
+		return k.have, err
+	}, func(have *Table) bool { return have == nil || k.Holds(want) }, func(before, _ *Table) bool { return k.Holds(before) })
 	if err != nil {
+		k.have, k.empty = nil, false
 		return fmt.Errorf("read table %s %s: %w", k.f.Name, k.name, err)
 	}
 	return nil

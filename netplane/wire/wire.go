@@ -7,6 +7,7 @@
 package wire
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -180,6 +181,38 @@ func (w *Conn) Dump(want uint16, each func(body []byte)) error {
 		}
 	}
 	return nil
+}
+
+// readAttempts bounds how often tables are read that change meanwhile. Any change of any
+// table counts: some hosts have busy ones.
+const readAttempts = 10
+
+// errUnsettled: no two readings agreed.
+var errUnsettled = errors.New("the tables read differently each time")
+
+// Settled reads nftables until what was read is as expected, or the same twice in a row.
+//
+// Once would not do: after many additions the kernel makes the hash table of a set larger in
+// the background, and a dump meanwhile misses some elements and repeats others without a
+// word (nft_rhash_walk goes by position, and NLM_F_DUMP_INTR tells of transactions only).
+func Settled[T any](ctx context.Context, read func() (T, error), expected func(T) bool, same func(a, b T) bool) (T, error) {
+	var before T
+	have, last := false, errUnsettled
+	for range readAttempts {
+		if err := context.Cause(ctx); err != nil {
+			return before, err
+		}
+		got, err := read()
+		if errors.Is(err, ErrInterrupted) {
+			last = err
+			continue
+		}
+		if err != nil || expected(got) || have && same(before, got) {
+			return got, err
+		}
+		before, have, last = got, true, errUnsettled
+	}
+	return before, last
 }
 
 // Receive reads one datagram and hands on its messages.

@@ -1,6 +1,7 @@
 package wire
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"testing"
@@ -59,4 +60,45 @@ func FuzzMessages(f *testing.F) {
 			t.Errorf("read %d of %d bytes: %v", read, len(b), err)
 		}
 	})
+}
+
+// TestSettled: a reading counts if it is expected, or when the next one agrees.
+func TestSettled(t *testing.T) {
+	const interrupted, broken = -1, -2
+	for _, c := range []struct {
+		reads   []int
+		want    int
+		counted int
+		err     error
+	}{
+		{reads: []int{7}, want: 7, counted: 1},
+		{reads: []int{1, 7}, want: 7, counted: 2},
+		{reads: []int{1, 2, 2}, want: 2, counted: 3},
+		{reads: []int{1, interrupted, 1}, want: 1, counted: 3},
+		{reads: []int{0, 0}, want: 0, counted: 2}, // nothing before the first is no reading
+		{reads: []int{1, broken}, want: broken, counted: 2, err: unix.EPERM},
+		{reads: []int{1, 2, 1, 2, 1, 2, 1, 2, 1, 2}, counted: 10, want: 2, err: errUnsettled},
+		{reads: []int{1, -1, -1, -1, -1, -1, -1, -1, -1, -1}, counted: 10, want: 1, err: ErrInterrupted},
+	} {
+		n := 0
+		got, err := Settled(t.Context(), func() (int, error) {
+			n++
+			switch x := c.reads[n-1]; x {
+			case interrupted:
+				return x, ErrInterrupted
+			case broken:
+				return x, unix.EPERM
+			default:
+				return x, nil
+			}
+		}, func(x int) bool { return x == 7 }, func(a, b int) bool { return a == b })
+		if got != c.want || n != c.counted || !errors.Is(err, c.err) {
+			t.Errorf("%v: %d after %d, %v; want %d after %d, %v", c.reads, got, n, err, c.want, c.counted, c.err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := Settled(ctx, func() (int, error) { return 7, nil }, func(int) bool { return true }, nil); !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
 }

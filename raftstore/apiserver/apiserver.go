@@ -1,11 +1,11 @@
 // Package apiserver serves the cluster's state in the REST shape of Kubernetes over
 // TLS with client certificates: discovery, get, list, watch, tables, pod logs and
-// exec, the reports of nodes, and the few operator actions that are not desired
+// exec, the metrics and reports of nodes, and the few operator actions that are not desired
 // state. Desired state comes from Git: every write to it is refused with the place
 // to edit.
 //
 // It decides nothing about the cluster. State is read from and proposed to a
-// [Store]; logs and exec go to [Nodes]; sources are handled by [Sources].
+// [Store]; logs, exec and metrics go to [Nodes]; sources are handled by [Sources].
 package apiserver
 
 import (
@@ -26,7 +26,7 @@ import (
 // Config is everything a Server depends on. Store is required.
 type Config struct {
 	Store   Store
-	Nodes   Nodes   // nil: logs and exec answer 503
+	Nodes   Nodes   // nil: logs, exec and the metrics of nodes answer 503
 	Sources Sources // nil: source actions answer 503
 
 	// TLS holds the server's certificate and, in ClientCAs, who signs clients. The
@@ -61,8 +61,9 @@ type Limits struct {
 	Body      int64         // bytes of a request body, plans of trees aside; 8 MiB
 	Tree      int64         // bytes of a tree sent to be planned; 64 MiB
 	Watches   int           // watches at once; 50,000
-	Streams   int           // logs and execs at once; 500
+	Streams   int           // logs, execs and scrapes of nodes at once; 500
 	Request   time.Duration // wall time of a request that is not a stream; 60 s
+	Scrape    time.Duration // what a node has to answer a scrape; 10 s, as long as Prometheus waits unless told otherwise
 	WatchTime time.Duration // a watch without timeoutSeconds ends after this, and up to twice as much; 30 min
 	Bookmark  time.Duration // between bookmarks of a watch; 60 s
 	Idle      time.Duration // an exec without traffic ends after this; 4 h
@@ -74,6 +75,7 @@ func (l *Limits) setDefaults() {
 	setDefault(&l.Watches, 50_000)
 	setDefault(&l.Streams, 500)
 	setDefault(&l.Request, time.Minute)
+	setDefault(&l.Scrape, 10*time.Second)
 	setDefault(&l.WatchTime, 30*time.Minute)
 	setDefault(&l.Bookmark, time.Minute)
 	setDefault(&l.Idle, 4*time.Hour)

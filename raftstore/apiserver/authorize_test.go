@@ -76,6 +76,8 @@ func TestAuthorize(t *testing.T) {
 		{node, "report", api.Nodes, "", "n1", true},
 		{node, "report", api.Nodes, "", "n2", false},
 		{node, "update", api.Nodes, "", "n1", false},
+		{node, "get", api.Nodes + "/proxy", "", "n1", false},
+		{admin, "get", api.Nodes + "/proxy", "", "n1", true},
 		{nobody, "get", api.Services, "default", "web", false},
 		{nobody, "list", api.Pods, "", "", false},
 		{impostor, "get", api.Services, "default", "web", false},

@@ -129,6 +129,8 @@ func subresources(k *api.Kind) []metav1.APIResource {
 	switch k.Resource {
 	case api.Pods:
 		return []metav1.APIResource{sub("log", "Pod", "get"), sub("exec", "PodExecOptions", "create", "get")}
+	case api.Nodes:
+		return []metav1.APIResource{sub("proxy", "NodeProxyOptions", "get")}
 	case api.Sources:
 		return []metav1.APIResource{sub("sync", "Source", "create"), sub("suspend", "Source", "create"), sub("resume", "Source", "create"), sub("plan", "Source", "create")}
 	}

@@ -51,7 +51,7 @@ func (s *Server) serveExec(w http.ResponseWriter, r *http.Request, t target) err
 		return apierrors.NewBadRequest("exec needs a connection that is upgraded to SPDY/3.1 or WebSocket")
 	}
 	if !s.streams.enter() {
-		return apierrors.NewTooManyRequests("too many logs and execs are open", 10)
+		return apierrors.NewTooManyRequests("too many logs, execs and scrapes of nodes are open", 10)
 	}
 	defer s.streams.leave()
 	ctx, cancel := context.WithCancel(r.Context())

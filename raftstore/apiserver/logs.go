@@ -29,7 +29,7 @@ func (s *Server) serveLog(w http.ResponseWriter, r *http.Request, t target) erro
 		return err
 	}
 	if !s.streams.enter() {
-		return apierrors.NewTooManyRequests("too many logs and execs are open", 10)
+		return apierrors.NewTooManyRequests("too many logs, execs and scrapes of nodes are open", 10)
 	}
 	defer s.streams.leave()
 	out := &flushingWriter{w: w, control: http.NewResponseController(w)}

@@ -221,7 +221,7 @@ func newRequestMetrics(reg prometheus.Registerer, watches, streams *gauge) *requ
 	}
 	reg.MustRegister(m.requests, m.seconds,
 		inUse("decree_api_watches", "Watches open now.", watches),
-		inUse("decree_api_streams", "Logs and execs open now.", streams))
+		inUse("decree_api_streams", "Logs, execs and scrapes of nodes open now.", streams))
 	return m
 }
 

@@ -17,6 +17,7 @@ type target struct {
 	namespace   string // "" for cluster-scoped kinds and for all namespaces
 	name        string // "" for a collection
 	subresource string
+	rest        string // of the path, below the proxy of a node
 }
 
 func (t target) key() api.Key {
@@ -58,6 +59,7 @@ func (s *Server) newRoutes() http.Handler {
 //
 //	RESOURCE[/NAME[/SUBRESOURCE]]
 //	namespaces/NAMESPACE/RESOURCE[/NAME[/SUBRESOURCE]]
+//	nodes/NAME/proxy/REST
 func parseTarget(gv schema.GroupVersion, path string) (target, error) {
 	parts := strings.Split(strings.Trim(path, "/"), "/")
 	var t target
@@ -68,6 +70,9 @@ func parseTarget(gv schema.GroupVersion, path string) (target, error) {
 		if k.Plural == parts[0] && k.Group == gv.Group && k.Version == gv.Version {
 			t.kind = k
 		}
+	}
+	if t.kind != nil && t.kind.Resource == api.Nodes && len(parts) > 3 && parts[2] == "proxy" {
+		t.rest, parts = strings.Join(parts[3:], "/"), parts[:3]
 	}
 	switch {
 	case t.kind == nil, len(parts) > 3, t.namespace != "" && !t.kind.Namespaced:
@@ -163,6 +168,8 @@ func (s *Server) serveSubresource(w http.ResponseWriter, r *http.Request, t targ
 		return s.serveLog(w, r, t)
 	case api.Pods + "/exec":
 		return s.serveExec(w, r, t)
+	case api.Nodes + "/proxy":
+		return s.serveNodeProxy(w, r, t)
 	case api.Pods + "/attach", api.Pods + "/portforward", api.Pods + "/proxy":
 		return notServed(t.kind.GroupVersion(), t.kind.Plural+"/"+t.subresource) // they change nothing: Git is not the answer
 	}

@@ -20,6 +20,7 @@ import (
 	"go.uber.org/goleak"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/raftstore"
@@ -356,6 +357,24 @@ func (n *fakeNodes) Exec(ctx context.Context, _ string, _ *corev1.Pod, e apiserv
 	}
 	_, err := fmt.Fprintln(e.Stdout, strings.Join(e.Command, " "))
 	return 0, err
+}
+
+// Metrics implements apiserver.Nodes: what is said of a node depends on its name.
+func (n *fakeNodes) Metrics(ctx context.Context, node string, accept http.Header) (*apiserver.Exposition, error) {
+	switch node {
+	case "away":
+		return nil, apierrors.NewServiceUnavailable("the agent of this node is not connected")
+	case "slow":
+		<-ctx.Done()
+		return nil, ctx.Err()
+	case "large":
+		return nil, apiserver.ErrTooLarge
+	case "page":
+		return &apiserver.Exposition{Type: "text/html; charset=utf-8", Body: []byte("<script>")}, nil
+	}
+	e := &apiserver.Exposition{Type: "text/plain; version=0.0.4", Encoding: accept.Get("Accept-Encoding")}
+	e.Body = fmt.Appendf(nil, "# %s reads %s of %s\n", accept.Get("User-Agent"), accept.Get("Accept"), node)
+	return e, nil
 }
 
 // fakeSources records what it was asked.

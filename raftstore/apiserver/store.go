@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"io/fs"
+	"net/http"
 
 	corev1 "k8s.io/api/core/v1"
 
@@ -14,7 +15,7 @@ import (
 	"decree.dev/decree/schemas/api"
 )
 
-// Nodes reaches the containers on the nodes.
+// Nodes reaches the nodes and the containers on them.
 type Nodes interface {
 	// Logs copies the log of a container (opts.Container, never empty) to w until it
 	// ends or ctx is done; with opts.Follow the end is the container's. Every Write
@@ -23,6 +24,9 @@ type Nodes interface {
 	// Exec runs a process in a container and returns its exit code. It returns when
 	// the process has ended and its output was copied, or ctx is done.
 	Exec(ctx context.Context, node string, pod *corev1.Pod, e ExecStreams) (int, error)
+	// Metrics returns the metrics of a node. accept says what the asker reads, in the
+	// headers Accept and Accept-Encoding; without any it is text.
+	Metrics(ctx context.Context, node string, accept http.Header) (*Exposition, error)
 }
 
 // ExecStreams is a process to run and what it is connected to. Streams that the

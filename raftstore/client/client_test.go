@@ -197,6 +197,10 @@ func (echo) Logs(_ context.Context, node string, pod *corev1.Pod, opts *corev1.P
 	return err
 }
 
+func (echo) Metrics(context.Context, string, http.Header) (*apiserver.Exposition, error) {
+	return nil, apiserver.ErrNotFound
+}
+
 func (echo) Exec(ctx context.Context, _ string, _ *corev1.Pod, e apiserver.ExecStreams) (int, error) {
 	if e.Resize != nil {
 		select {

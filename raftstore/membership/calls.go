@@ -122,7 +122,6 @@ func (k *Keeper) AdmitHere(ctx context.Context, who Self) error {
 	return k.Store.SetMember(ctx, m)
 }
 
-// isMember reports whether a server is in the configuration.
 // removedError says that a server was taken out of the cluster.
 type removedError struct{ server *api.Server }
 
@@ -163,6 +162,14 @@ func Leaving(view api.Reader, members []raftstore.Member) bool {
 	return false
 }
 
+// Mistaken reports whether something else is noted of a server than it says of itself: what
+// it said before it was started again may arrive after what it said since. It is pure.
+func Mistaken(view api.Reader, who Self) bool {
+	o, ok := api.Get[*api.Server](view, "", who.ID)
+	return ok && o.Status.Removed == nil && (o.Spec != who.ServerSpec || !reflect.DeepEqual(o.Status, who.ServerStatus))
+}
+
+// isMember reports whether a server is in the configuration.
 func isMember(members []raftstore.Member, id string) bool {
 	return slices.ContainsFunc(members, func(m raftstore.Member) bool { return m.ID == id })
 }
@@ -212,7 +219,7 @@ func admission(view api.Reader, who Self) (next *api.Mutation, gone []string, er
 	case old.Spec != o.Spec:
 		m.Verb = api.Update
 		return m, nil, nil
-	case !reflect.DeepEqual(old.Status, o.Status):
+	case Mistaken(view, who):
 		m.Verb = api.UpdateStatus
 		return m, nil, nil
 	}

@@ -17,7 +17,7 @@ import (
 
 var (
 	seedFlag  = flag.Uint64("seed", 0, "the seed that TestSeed runs; the first one of TestSeeds")
-	seedsFlag = flag.Int("seeds", 0, "how many seeds TestSeeds runs; 1000 when zero, 50 with -short")
+	seedsFlag = flag.Int("seeds", 0, "how many seeds TestSeeds runs; 1000 when zero (300 or more on a machine that needs longer than two minutes for them), 50 with -short")
 	traceFlag = flag.Bool("trace", false, "print every event of TestSeed")
 )
 
@@ -91,18 +91,19 @@ func seeds(first uint64, n int, edit func(*raftsim.Options)) []raftsim.Options {
 }
 
 func TestSeeds(t *testing.T) {
-	n := *seedsFlag
+	const part = 50 // at once
+	n, least, enough := *seedsFlag, *seedsFlag, 2*time.Minute
 	if n == 0 {
-		n = 1000
+		n, least = 1000, 300
 		if testing.Short() {
-			n = 50
+			n, least = part, part
 		}
 	}
 	begun := time.Now()
 	var ops, open, revisions int
 	var fake time.Duration
 	faults := map[string]int{}
-	each(seeds(*seedFlag, n, nil), bad, func(o raftsim.Options, r *raftsim.Report, trace string, err error) {
+	take := func(o raftsim.Options, r *raftsim.Report, trace string, err error) {
 		if bad(r, err) {
 			t.Error(again(o, r, trace, err))
 			return
@@ -111,8 +112,14 @@ func TestSeeds(t *testing.T) {
 		for name, n := range r.Faults {
 			faults[name] += n
 		}
-	})
-	t.Logf("%d seeds in %v: %v of fake time, %d operations, %d of them with unknown outcome, %d revisions, faults %v", n, time.Since(begun).Round(time.Second), fake.Round(time.Second), ops, open, revisions, faults)
+	}
+	done := 0
+	for done < n && (done < least || time.Since(begun) < enough) {
+		more := min(part, n-done)
+		each(seeds(*seedFlag+uint64(done), more, nil), bad, take)
+		done += more
+	}
+	t.Logf("%d seeds in %v: %v of fake time, %d operations, %d of them with unknown outcome, %d revisions, faults %v", done, time.Since(begun).Round(time.Second), fake.Round(time.Second), ops, open, revisions, faults)
 }
 
 // again says what is wrong with a run, and how to have it again.

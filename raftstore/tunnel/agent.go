@@ -30,7 +30,7 @@ type Agent struct {
 	Node    string
 	Servers func() []string // host:port
 	TLS     func() *tls.Config
-	// Local reaches the containers of this node.
+	// Local reaches the containers and metrics of this node.
 	Local apiserver.Nodes
 	// Streams are conversations that servers may begin, by name. Each ends when the function
 	// returns; ctx ends when the server is gone.
@@ -117,6 +117,7 @@ func (a *Agent) once(ctx context.Context, address string) error {
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+logsPath, a.logs)
 	mux.HandleFunc("POST "+execPath, a.exec)
+	mux.HandleFunc("GET "+metricsPath, a.metrics)
 	for name, converse := range a.Streams {
 		mux.HandleFunc("POST "+streamsPath+name, a.stream(name, converse))
 	}
@@ -209,6 +210,18 @@ func (a *Agent) exec(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	_ = down.write(frameExit, strconv.AppendInt(nil, int64(code), 10))
+}
+
+// metrics answers a scrape.
+func (a *Agent) metrics(w http.ResponseWriter, r *http.Request) {
+	e, err := a.Local.Metrics(r.Context(), a.Node, r.Header)
+	if err != nil {
+		writeRefusal(w, err)
+		return
+	}
+	if e.Write(w) != nil {
+		panic(http.ErrAbortHandler) // the server must not take this for all there is
+	}
 }
 
 // stream serves one kind of conversation.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"sync"
@@ -114,6 +115,11 @@ func (s *Server) ask(ctx context.Context, node, path string, r request, body io.
 		return nil, fmt.Errorf("ask node %s: %w", node, err)
 	}
 	req.Header.Set(requestHeader, string(header))
+	return roundTrip(t, node, req)
+}
+
+// roundTrip returns an answer that is none of refusal.
+func roundTrip(t *http2.ClientConn, node string, req *http.Request) (*http.Response, error) {
 	resp, err := t.RoundTrip(req)
 	if err != nil {
 		return nil, fmt.Errorf("ask node %s: %w", node, err)
@@ -167,6 +173,36 @@ func (s *Server) Exec(ctx context.Context, node string, pod *corev1.Pod, e apise
 		go passSizes(ctx, e.Resize, up)
 	}
 	return receive(resp.Body, e)
+}
+
+// Metrics implements [apiserver.Nodes]. An agent that is too old to be asked is a [Refused] with
+// code 404.
+func (s *Server) Metrics(ctx context.Context, node string, accept http.Header) (*apiserver.Exposition, error) {
+	t, err := s.tunnel(ctx, node)
+	if err != nil {
+		return nil, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+node+metricsPath, nil)
+	if err != nil {
+		return nil, fmt.Errorf("ask node %s: %w", node, err)
+	}
+	maps.Copy(req.Header, accept)
+	if req.Header.Get("Accept-Encoding") == "" {
+		req.Header.Set("Accept-Encoding", "identity") // the transport would unpack what it asks for by itself
+	}
+	resp, err := roundTrip(t, node, req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, apiserver.MaxExposition+1))
+	if err != nil {
+		return nil, fmt.Errorf("metrics from node %s: %w", node, err)
+	}
+	if len(body) > apiserver.MaxExposition {
+		return nil, apiserver.ErrTooLarge
+	}
+	return &apiserver.Exposition{Type: resp.Header.Get("Content-Type"), Encoding: resp.Header.Get("Content-Encoding"), Body: body}, nil
 }
 
 // Stream begins a conversation with a node, which it has under that name; a node that does not

@@ -1,4 +1,4 @@
-// Package tunnel is how servers reach the containers of nodes elsewhere. The agent of
+// Package tunnel is how servers reach the containers and metrics of nodes elsewhere. The agent of
 // a node dials every server and keeps the connection; over it the server asks, and the
 // agent answers. So nodes listen on no port, and need not be reachable.
 //
@@ -17,6 +17,7 @@ import (
 	"sync"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"decree.dev/decree/raftstore/apiserver"
 )
@@ -28,6 +29,8 @@ const Protocol = "decree-agent"
 const (
 	logsPath = "/logs"
 	execPath = "/exec"
+	// metricsPath is asked by GET: what the asker reads is in the headers.
+	metricsPath = "/metrics"
 	// streamsPath is followed by the name of a stream.
 	streamsPath = "/streams/"
 )
@@ -152,6 +155,10 @@ func writeRefusal(w http.ResponseWriter, err error) {
 	if errors.Is(err, apiserver.ErrNotFound) {
 		w.Header().Set(notFoundHeader, "1")
 		code = http.StatusNotFound
+	}
+	var status apierrors.APIStatus
+	if errors.As(err, &status) {
+		code = int(status.Status().Code)
 	}
 	if coded, ok := errors.AsType[*Refused](err); ok {
 		code = coded.Code

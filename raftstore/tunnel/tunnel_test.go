@@ -18,6 +18,7 @@ import (
 
 	"go.uber.org/goleak"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/raftstore/apiserver"
@@ -35,6 +36,8 @@ func (echo) Logs(ctx context.Context, node string, pod *corev1.Pod, opts *corev1
 	switch opts.Container {
 	case "none":
 		return fmt.Errorf("%w: no such container", apiserver.ErrNotFound)
+	case "fresh":
+		return apierrors.NewBadRequest("it was never restarted")
 	case "broken":
 		io.WriteString(w, "half")
 		return errors.New("the disk is gone")
@@ -64,6 +67,22 @@ func (echo) Exec(ctx context.Context, _ string, _ *corev1.Pod, e apiserver.ExecS
 	}
 	io.WriteString(e.Stderr, "err")
 	return 3, nil
+}
+
+// Metrics is as long as the asker wants it to be.
+func (echo) Metrics(_ context.Context, node string, accept http.Header) (*apiserver.Exposition, error) {
+	e := &apiserver.Exposition{Type: "text/plain; version=0.0.4", Encoding: accept.Get("Accept-Encoding")}
+	switch accept.Get("Accept") {
+	case "stuck":
+		return nil, apierrors.NewServiceUnavailable("it is stuck")
+	case "all":
+		e.Body = make([]byte, apiserver.MaxExposition)
+	case "too much":
+		e.Body = make([]byte, apiserver.MaxExposition+1)
+	default:
+		e.Body = []byte("up 1\n")
+	}
+	return e, nil
 }
 
 func setUp(t *testing.T) (*tunnel.Server, context.Context) {
@@ -119,6 +138,10 @@ func TestLogs(t *testing.T) {
 	if err := s.Logs(ctx, "n1", pod, &corev1.PodLogOptions{Container: "none"}, &out); !errors.Is(err, apiserver.ErrNotFound) {
 		t.Fatalf("a container that is not there: %v", err)
 	}
+	var refused *tunnel.Refused
+	if err := s.Logs(ctx, "n1", pod, &corev1.PodLogOptions{Container: "fresh"}, &out); !errors.As(err, &refused) || refused.Code != http.StatusBadRequest {
+		t.Fatalf("a mistake of the request: %v", err)
+	}
 	if err := s.Logs(ctx, "n1", pod, &corev1.PodLogOptions{Container: "broken"}, io.Discard); err == nil {
 		t.Fatal("half a log was taken for a whole one")
 	}
@@ -163,6 +186,34 @@ func TestExec(t *testing.T) {
 	defer stop()
 	if _, err := s.Exec(gone, "n1", pod, apiserver.ExecStreams{Command: []string{"hang"}, Stdout: io.Discard}); err == nil {
 		t.Fatal("a process that was given up has no exit code")
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	s, ctx := setUp(t)
+	for name, c := range map[string]struct {
+		accept   http.Header
+		encoding string
+		size     int
+	}{
+		"text":                 {nil, "identity", len("up 1\n")},
+		"packed, as it is":     {http.Header{"Accept-Encoding": {"gzip"}}, "gzip", len("up 1\n")},
+		"as much as there may": {http.Header{"Accept": {"all"}}, "identity", apiserver.MaxExposition},
+	} {
+		e, err := s.Metrics(ctx, "n1", c.accept)
+		if err != nil || e.Type != "text/plain; version=0.0.4" || e.Encoding != c.encoding || len(e.Body) != c.size {
+			t.Errorf("%s: %+.200v, %v", name, e, err)
+		}
+	}
+	if _, err := s.Metrics(ctx, "n1", http.Header{"Accept": {"too much"}}); !errors.Is(err, apiserver.ErrTooLarge) {
+		t.Errorf("too much: %v", err)
+	}
+	var refused *tunnel.Refused
+	if _, err := s.Metrics(ctx, "n1", http.Header{"Accept": {"stuck"}}); !errors.As(err, &refused) || refused.Code != http.StatusServiceUnavailable || !strings.Contains(refused.Text, "it is stuck") {
+		t.Errorf("what the node's API would answer is lost: %v", err)
+	}
+	if _, err := s.Metrics(ctx, "n2", nil); !errors.Is(err, tunnel.ErrNoAgent) {
+		t.Errorf("a node without an agent: %v", err)
 	}
 }
 

@@ -284,6 +284,7 @@ func (a *Agent) StopAll(ctx context.Context) error {
 	alone := !a.running
 	a.mu.Unlock()
 	if alone {
+		a.report.log = slog.New(slog.DiscardHandler) // the control plane has ended, as a rule
 		inner, cancel := context.WithCancel(ctx)
 		done := make(chan struct{})
 		go func() {

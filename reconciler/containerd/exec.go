@@ -23,6 +23,9 @@ const (
 	// drainQuiet is how long output may pause after the end of the process before it
 	// counts as complete: a grandchild may hold it open for ever.
 	drainQuiet = 500 * time.Millisecond
+	// firstSize is how long a process waits for the size of its terminal, which clients say
+	// as soon as they are connected: programs ask for it when they start.
+	firstSize = 500 * time.Millisecond
 )
 
 // Exec implements agent.Runtime. The process is killed when ctx ends or the timeout
@@ -63,9 +66,13 @@ func (r *Runtime) exec(ctx context.Context, id string, cfg agent.ExecConfig) (in
 	if err != nil {
 		return 0, err
 	}
+	process := execProcess(spec.Process, cfg)
+	if cfg.TTY {
+		process.ConsoleSize = consoleSize(ctx, cfg.Resize)
+	}
 	io := newExecIO(cfg)
 	defer io.open(func() {}) // for the goroutine that reads stdin, when nothing starts
-	p, err := task.Exec(ctx, "exec-"+randomID(), execProcess(spec.Process, cfg), io.creator(r.cfg.fifoDir()))
+	p, err := task.Exec(ctx, "exec-"+randomID(), process, io.creator(r.cfg.fifoDir()))
 	if err != nil {
 		return 0, err
 	}
@@ -148,6 +155,24 @@ func execProcess(base *specs.Process, cfg agent.ExecConfig) *specs.Process {
 		p.Env = append(append([]string{}, base.Env...), "TERM=xterm")
 	}
 	return &p
+}
+
+// consoleSize is the first size that arrives, nil if none does within [firstSize].
+func consoleSize(ctx context.Context, sizes <-chan agent.TerminalSize) *specs.Box {
+	if sizes == nil {
+		return nil
+	}
+	timer := time.NewTimer(firstSize)
+	defer timer.Stop()
+	select {
+	case size, ok := <-sizes:
+		if ok {
+			return &specs.Box{Width: uint(size.Width), Height: uint(size.Height)}
+		}
+	case <-timer.C:
+	case <-ctx.Done():
+	}
+	return nil
 }
 
 // execIO connects the streams of an exec.

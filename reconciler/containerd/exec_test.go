@@ -49,6 +49,18 @@ func TestExecTerminal(t *testing.T) {
 	if err != nil || code != 11 || !strings.Contains(out.buf.String(), "is-terminal") {
 		t.Errorf("shell in a terminal: %d, %v, %q", code, err, out.buf.String())
 	}
+	// A program that asks when it starts is told a size that arrives a little later than the
+	// request.
+	said := make(chan agent.TerminalSize)
+	time.AfterFunc(firstSize/2, func() { said <- agent.TerminalSize{Width: 99, Height: 33} })
+	var size bytes.Buffer
+	if code, err = r.Exec(t.Context(), ids[0], agent.ExecConfig{Command: []string{"stty", "size"}, TTY: true, Stdout: &size, Resize: said}); err != nil || code != 0 || strings.TrimSpace(size.String()) != "33 99" {
+		t.Errorf("the size at the start: %d, %v, %q", code, err, size.String())
+	}
+	// Nobody has to say one.
+	if code, err = r.Exec(t.Context(), ids[0], agent.ExecConfig{Command: []string{"true"}, TTY: true, Stdout: &size, Resize: said}); err != nil || code != 0 {
+		t.Errorf("without a size: %d, %v", code, err)
+	}
 }
 
 func TestExecIsKilled(t *testing.T) {

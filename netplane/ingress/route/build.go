@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"iter"
+	"net/netip"
 	"slices"
 	"strconv"
 	"strings"
@@ -49,7 +50,23 @@ func Build(o Objects, before *Table) *Table {
 	b.table.certificates, b.table.Certificates = b.certs.certificates, b.certs.list()
 	slices.Sort(b.table.Managed)
 	b.table.Managed = slices.Compact(b.table.Managed)
+	if len(b.table.Managed) > 0 {
+		b.table.Others = others(o.Desired)
+	}
 	return b.table
+}
+
+// others are the other nodes that serve Ingresses.
+func others(d render.Desired) (out []netip.Addr) {
+	for _, n := range d.Nodes {
+		if n.Name == d.Node || n.Labels[api.LabelIngressNode] != "true" {
+			continue
+		}
+		if at := render.PeerOf(n).Addrs; len(at) > 0 {
+			out = append(out, at[0])
+		}
+	}
+	return out
 }
 
 // find looks for the services that ingresses name, and for their endpoints. It is called

@@ -6,6 +6,7 @@
 package route
 
 import (
+	"net/netip"
 	"strings"
 	"time"
 
@@ -34,6 +35,9 @@ type Table struct {
 	Certificates []*Certificate
 	// Managed are hosts whose certificates are to be obtained (ACME), in order.
 	Managed []string
+	// Others are addresses of the other nodes that serve Ingresses, one of each, if there is
+	// something to be obtained.
+	Others []netip.Addr
 	// Warnings are what could not be followed, in order of ingresses.
 	Warnings []Warning
 

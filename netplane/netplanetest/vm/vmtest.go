@@ -1,6 +1,7 @@
 package vm
 
 import (
+	"cmp"
 	"context"
 	"debug/elf"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -17,6 +19,10 @@ import (
 // Demand names the variable of the environment that turns a missing machine from a
 // reason to skip into a failure. CI sets it.
 const Demand = "DECREE_TEST_VM"
+
+// Memory names the variable that says how many MiB a machine has; without it, as many as
+// Config has by default.
+const Memory = "DECREE_VM_MEMORY"
 
 // inside names the variable that test binaries see inside a machine.
 const inside = "DECREE_INSIDE_VM"
@@ -47,10 +53,14 @@ func Test(t *testing.T, timeout time.Duration, run string, args ...string) {
 func TestWith(t *testing.T, timeout time.Duration, run string, files []string, args ...string) {
 	t.Helper()
 	var seen watch
+	memory, err := strconv.Atoi(cmp.Or(os.Getenv(Memory), "0"))
+	if err != nil {
+		t.Fatalf("%s: %v", Memory, err)
+	}
 	// Most tests wait for something, and few of them for a processor.
 	status, err := Run(t.Context(), Config{
 		Binary: binary(t), Args: append([]string{"-test.run", run, "-test.v", "-test.parallel=8"}, args...), Env: environment(), Files: files,
-		Modules: Modules, Timeout: timeout, Console: io.MultiWriter(t.Output(), &seen),
+		Modules: Modules, Memory: memory, Timeout: timeout, Console: io.MultiWriter(t.Output(), &seen),
 	})
 	if errors.Is(err, ErrMissing) && os.Getenv(Demand) == "" {
 		t.Skipf("%v (set %s=1 to make this a failure)", err, Demand)

@@ -2,12 +2,14 @@
 package netspacetest
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/vishvananda/netlink"
@@ -146,4 +148,79 @@ func Forward(t testing.TB, path string) {
 	In(t, path, func() error {
 		return errors.Join(os.WriteFile(host.Forwarding(false), []byte("1"), 0o644), os.WriteFile(host.Forwarding(true), []byte("1"), 0o644))
 	})
+}
+
+// Wiretap listens to all that passes a network namespace, as tcpdump does.
+type Wiretap struct {
+	t  testing.TB
+	fd int
+}
+
+// Packet is one that passed a Wiretap.
+type Packet struct {
+	Type uint16 // of Ethernet
+	Data []byte // behind the Ethernet header
+}
+
+// wiretapRoom is for packets that nobody has asked for yet, in bytes.
+const wiretapRoom = 32 << 20
+
+// Listen listens until the test ends.
+func Listen(t testing.TB, path string) *Wiretap {
+	t.Helper()
+	w := &Wiretap{t: t}
+	In(t, path, func() (err error) {
+		w.fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, int(swapped(unix.ETH_P_ALL)))
+		return err
+	})
+	t.Cleanup(func() { unix.Close(w.fd) })
+	if err := unix.SetsockoptInt(w.fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, wiretapRoom); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// swapped is in network order what v is in that of the machine, and the other way round.
+func swapped(v uint16) uint16 { return v<<8 | v>>8 }
+
+// Packets returns those since the last call. That it missed some fails the test.
+func (w *Wiretap) Packets() (out []Packet) {
+	w.t.Helper()
+	buf := make([]byte, 64<<10)
+	for {
+		n, from, err := unix.Recvfrom(w.fd, buf, 0)
+		if errors.Is(err, unix.EAGAIN) {
+			break
+		}
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		out = append(out, Packet{swapped(from.(*unix.SockaddrLinklayer).Protocol), bytes.Clone(buf[:n])})
+	}
+	stats, err := unix.GetsockoptTpacketStats(w.fd, unix.SOL_PACKET, unix.PACKET_STATISTICS)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if stats.Drops > 0 {
+		w.t.Fatalf("who listens missed %d packets", stats.Drops)
+	}
+	return out
+}
+
+// Seen returns how many packets there were since the last call, and how many of them had one
+// of some patterns in them.
+func (w *Wiretap) Seen(patterns ...[]byte) (all, with int) {
+	w.t.Helper()
+	packets := w.Packets()
+	return len(packets), Holding(packets, patterns...)
+}
+
+// Holding returns how many of some packets have one of some patterns in them.
+func Holding(packets []Packet, patterns ...[]byte) (with int) {
+	for _, p := range packets {
+		if slices.ContainsFunc(patterns, func(pattern []byte) bool { return bytes.Contains(p.Data, pattern) }) {
+			with++
+		}
+	}
+	return with
 }

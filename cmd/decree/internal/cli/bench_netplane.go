@@ -27,7 +27,7 @@ The peer is nft, which loads tables with a chain for each service, and with one 
 endpoint too. It takes minutes where there are many: --peer-services limits it.
 
 The backend ipvs needs a kernel with IPVS. Where there is none, the tests of this
-repository measure both in a kernel of their own: DECREE_BENCH_VM=1 go test -run InKernel
+repository measure both in a kernel of their own: DECREE_BENCH_VM=500,2000 go test -run InKernel
 -v ./cmd/decree/internal/netbench`,
 		Args: cobra.NoArgs, Example: "  decree bench netplane --services 1000\n  decree bench netplane --backend ipvs,nftables -o json",
 		RunE: func(c *cobra.Command, _ []string) error {

@@ -27,9 +27,12 @@ means that something failed.
 On each node one ready pod that no NetworkPolicy isolates lends its network; where there is
 none, the agent attaches a network namespace like a pod's for the moment. Nothing is run
 in pods, and no image is needed. Nodes and pods are sent ICMP echoes, small ones and one of
-the largest size that the way is said to take; services get a TCP connection. In clusters
-of more than 17 nodes each node tries 16 others. It is for administrators, and the servers'
-logs say who asked.`,
+the largest size that the way is said to take; services get a TCP connection. Those that take
+UDP get a DNS query if their port is 53 or called dns, and an empty datagram else: of that it
+can be known that it was refused, which is a failure, or answered. "not refused" says that
+nothing came back, as from most services that are well, and as if it had been lost. In
+clusters of more than 17 nodes each node tries 16 others. It is for administrators, and the
+servers' logs say who asked.`,
 		Example: `  decree netcheck
   decree netcheck -o json | jq '.checks[] | select(.error)'`,
 		Args: cobra.NoArgs,
@@ -70,13 +73,13 @@ var netcheckTables = []struct {
 	{"NODE TO NODE", []netcheck.Kind{netcheck.NodeToNode}},
 	{"NODE TO POD ON", []netcheck.Kind{netcheck.NodeToPod}},
 	{"POD TO POD ON", []netcheck.Kind{netcheck.PodToPod}},
-	{"POD TO SERVICE", []netcheck.Kind{netcheck.PodToService}},
+	{"POD TO SERVICE", []netcheck.Kind{netcheck.PodToService, netcheck.PodToUDP}},
 	{"DNS FROM", []netcheck.Kind{netcheck.NodeToDNS, netcheck.PodToDNS}},
 }
 
 // writeNetcheck is for people.
 func writeNetcheck(w io.Writer, r *netcheck.Report) error {
-	failed := 0
+	failed, silent := 0, 0
 	for _, t := range netcheckTables {
 		checks := slices.DeleteFunc(slices.Clone(r.Checks), func(c netcheck.Check) bool { return !slices.Contains(t.kinds, c.Kind) })
 		if len(checks) == 0 {
@@ -91,6 +94,9 @@ func writeNetcheck(w io.Writer, r *netcheck.Report) error {
 		fmt.Fprintf(w, "Not tried: %s\n", s)
 	}
 	for _, c := range r.Checks {
+		if c.Silent {
+			silent++
+		}
 		if c.Error != "" {
 			if failed++; failed == 1 {
 				fmt.Fprintln(w, "Failed:")
@@ -105,8 +111,11 @@ func writeNetcheck(w io.Writer, r *netcheck.Report) error {
 		fmt.Fprintf(w, "  %s\n", printable(a))
 	}
 	verdict := "all well"
-	if !r.OK {
+	switch {
+	case !r.OK:
 		verdict = fmt.Sprintf("%d failed", failed)
+	case silent > 0: // nobody knows whether these are
+		verdict = fmt.Sprintf("none failed, %d neither refused nor answered", silent)
 	}
 	_, err := fmt.Fprintf(w, "%s, %s: %s\n", count(len(r.Nodes), "node"), count(len(r.Checks), "check"), verdict)
 	return err
@@ -167,30 +176,40 @@ func writeMatrix(w io.Writer, title string, nodes []netcheck.Node, checks []netc
 }
 
 func summary(checks []netcheck.Check) string {
-	failed, low, high := 0, time.Duration(0), time.Duration(0)
+	failed, silent, low, high := 0, 0, time.Duration(0), time.Duration(0)
 	for _, c := range checks {
-		if c.Error != "" {
+		switch {
+		case c.Error != "":
 			failed++
-			continue
+		case c.Silent:
+			silent++
+		default:
+			if low == 0 || c.Latency < low {
+				low = c.Latency
+			}
+			high = max(high, c.Latency)
 		}
-		if low == 0 || c.Latency < low {
-			low = c.Latency
-		}
-		high = max(high, c.Latency)
 	}
-	return fmt.Sprintf("%s, %d failed, %s to %s (-o json shows each)", count(len(checks), "check"), failed, millis(low), millis(high))
+	unknown := ""
+	if silent > 0 {
+		unknown = fmt.Sprintf("%d not refused, ", silent)
+	}
+	return fmt.Sprintf("%s, %d failed, %s%s to %s (-o json shows each)", count(len(checks), "check"), failed, unknown, millis(low), millis(high))
 }
 
 // cell is one pair: the slower of its address families, or those that failed.
 func cell(checks []netcheck.Check) string {
 	var slowest netcheck.Check
 	var failed []string
+	silent := false
 	for _, c := range checks {
 		switch {
 		case c.Error != "" && c.Address.Is4():
 			failed = append(failed, "IPv4")
 		case c.Error != "":
 			failed = append(failed, "IPv6")
+		case c.Silent:
+			silent = true
 		case c.Latency >= slowest.Latency:
 			slowest = c
 		}
@@ -202,6 +221,8 @@ func cell(checks []netcheck.Check) string {
 		return "FAILED"
 	case len(failed) > 0:
 		return strings.Join(failed, ", ") + " FAILED"
+	case silent: // in one family, if not in both: the least that is known
+		return "not refused"
 	case slowest.Lost > 0:
 		return fmt.Sprintf("%s (%d of %d lost)", millis(slowest.Latency), slowest.Lost, slowest.Sent)
 	}

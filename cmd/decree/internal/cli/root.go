@@ -118,7 +118,7 @@ Nothing else changes what should run.`,
 			root.AddCommand(c)
 		}
 	}
-	root.AddCommand(versionCmd(e), completionCmd(e), benchCmd(e), imageCmd(e), compileWorkerCmd(e))
+	root.AddCommand(versionCmd(e), completionCmd(e), benchCmd(e), imageCmd(e), compileWorkerCmd(e), frontCmd(e))
 	root.Version = version
 	root.SetVersionTemplate("decree {{.Version}}\n")
 	strict(root)

@@ -14,6 +14,7 @@ import (
 	"decree.dev/decree/cmd/decree/internal/daemon"
 	"decree.dev/decree/netplane"
 	"decree.dev/decree/netplane/dns"
+	"decree.dev/decree/netplane/front"
 	"decree.dev/decree/netplane/ipvs"
 	"decree.dev/decree/raftstore/command"
 	"decree.dev/decree/schemas/api"
@@ -176,13 +177,17 @@ func (d *daemonFlags) server(c *cobra.Command, cfg *daemon.Config, address strin
 	f.StringVar(&cfg.Domain, "cluster-domain", "cluster.local", "domain of the cluster DNS")
 }
 
+func (e *env) logger(level slog.Level) *slog.Logger {
+	return slog.New(slog.NewTextHandler(e.Err, &slog.HandlerOptions{Level: level}))
+}
+
 // apply checks the flags and puts them into cfg.
 func (d *daemonFlags) apply(e *env, cfg *daemon.Config) error {
 	var l slog.Level
 	if err := l.UnmarshalText([]byte(d.level)); err != nil {
 		return usageError{fmt.Errorf("--log-level %q: expected debug, info, warn or error", d.level)}
 	}
-	cfg.Log = slog.New(slog.NewTextHandler(e.Err, &slog.HandlerOptions{Level: l}))
+	cfg.Log = e.logger(l)
 	if err := d.ranges(cfg); err != nil {
 		return usageError{err}
 	}
@@ -246,6 +251,7 @@ repositories, history, images, certificates. There is no way back from that.`,
 		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			defer e.progress("stopping")()
+			cfg.Log = e.logger(slog.LevelWarn) // what it waits for
 			return daemon.Down(c.Context(), cfg, purge)
 		},
 	}
@@ -272,6 +278,14 @@ func compileWorkerCmd(e *env) *cobra.Command {
 			}
 			return nil
 		},
+	}
+}
+
+// frontCmd is the process of a node's servers, which an agent starts.
+func frontCmd(*env) *cobra.Command {
+	return &cobra.Command{
+		Use: front.Verb + " DIR", Hidden: true, Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, _ []string) error { return front.Main(c.Context()) },
 	}
 }
 

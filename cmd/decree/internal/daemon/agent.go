@@ -24,6 +24,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/front"
 	"decree.dev/decree/netplane/render"
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/client"
@@ -41,7 +42,7 @@ type node struct {
 	supervisor *containerd.Supervisor // nil with an existing containerd
 	runtime    *containerd.Runtime
 	plane      *netplane.Plane
-	ingress    *ingressServer // nil: this node serves none
+	front      *front.Keeper
 	agent      *agent.Agent
 	mirror     *client.Mirror
 	peers      *peers
@@ -124,7 +125,7 @@ func (c *Config) supervision() containerd.SupervisorConfig {
 // network says what the network of a node is made of.
 func (c *Config) network(metrics prometheus.Registerer) netplane.Config {
 	return netplane.Config{
-		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, IPVS: c.IPVS, Encryption: c.Encryption, ResolvConf: c.ResolvConf, Stubs: c.DNSStubs,
+		DataDir: c.dir("network"), CNIConfDir: "/etc/cni/net.d", Backend: c.Backend, IPVS: c.IPVS, Encryption: c.Encryption,
 		Log: c.Log.With("part", "network"), Registerer: metrics,
 	}
 }
@@ -171,7 +172,7 @@ func newNode(ctx context.Context, cfg *Config, at controlPlaneAt, metrics promet
 	if n.plane, err = netplane.New(cfg.network(metrics)); err != nil {
 		return nil, err
 	}
-	if n.ingress, err = newIngress(cfg, metrics); err != nil {
+	if n.front, err = newFront(cfg); err != nil {
 		return nil, err
 	}
 	if n.mirror, err = newMirror(cfg, at, client.NodeSelections(cfg.Node), "view"); err != nil {
@@ -216,9 +217,7 @@ func (n *node) run(start func(name string, f func(context.Context) error)) {
 	start("network", n.plane.Run)
 	start("peers", func(ctx context.Context) error { return n.peers.run(ctx, n.changed.network) })
 	start("services", n.follow)
-	if n.ingress != nil {
-		start("ingress", n.ingress.Run)
-	}
+	start("servers", n.front.Run)
 	start("agent", n.agent.Run)
 }
 
@@ -236,11 +235,16 @@ func (n *node) follow(ctx context.Context) error {
 		Once: func(ctx context.Context) error {
 			view := n.mirror.View()
 			d := n.desired(view)
-			if n.ingress != nil { // before the agent goes by what the plane leads to
-				n.ingress.Set(ingressObjects(view, d))
+			served := frontObjects(view, d)
+			var errs []error
+			if n.front.Up() { // before the agent goes by what the plane leads to
+				errs = append(errs, n.front.Set(ctx, served))
+			} else { // nobody is led anywhere, and pods shall not wait for it
+				n.front.Offer(served)
 			}
 			d.Pods = n.peers.pods(ctx, &d)
-			return n.plane.Set(ctx, d)
+			errs = append(errs, n.plane.Set(ctx, d))
+			return errors.Join(errs...)
 		},
 	}
 	return loop.Run(ctx)
@@ -271,9 +275,10 @@ func (n *node) desired(view api.Reader) netplane.Desired {
 	return d
 }
 
-// tunnel keeps the node's containers within reach of all servers.
-func (n *node) tunnel(servers func() []string, keeper *pki.Keeper) func(context.Context) error {
-	local := &nodes{node: n.cfg.Node}
+// tunnel keeps the node's containers, and what it gathers of metrics, within reach of all
+// servers.
+func (n *node) tunnel(servers func() []string, keeper *pki.Keeper, metrics prometheus.Gatherer) func(context.Context) error {
+	local := &nodes{node: n.cfg.Node, metrics: exposed(metrics, n.cfg.Log.With("part", "metrics"))}
 	local.agent.Store(n.agent)
 	a := &tunnel.Agent{
 		Node: n.cfg.Node, Servers: servers, Local: local, Log: n.cfg.Log.With("part", "tunnel"),
@@ -311,8 +316,8 @@ func (n *node) close() {
 	if n.plane != nil {
 		n.plane.Close()
 	}
-	if n.ingress != nil {
-		n.ingress.close()
+	if n.front != nil {
+		n.front.Close()
 	}
 	if n.runtime != nil {
 		n.runtime.Close()
@@ -322,10 +327,11 @@ func (n *node) close() {
 	}
 }
 
-// nodes gives the API server the containers of this process's node, and those of
-// others through their tunnels.
+// nodes gives the API server the containers and metrics of this process's node, and
+// those of others through their tunnels.
 type nodes struct {
 	node      string
+	metrics   http.Handler // of this process
 	agent     atomic.Pointer[agent.Agent]
 	plane     atomic.Pointer[netplane.Plane]
 	elsewhere *tunnel.Server // nil: there are no others
@@ -381,6 +387,8 @@ func told(err error) error {
 		return apierrors.NewServiceUnavailable(err.Error())
 	case ok && refused.Code == http.StatusBadRequest:
 		return apierrors.NewBadRequest(refused.Text)
+	case ok && refused.Code == http.StatusServiceUnavailable:
+		return apierrors.NewServiceUnavailable(refused.Text)
 	}
 	return err
 }

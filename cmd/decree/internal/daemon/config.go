@@ -125,6 +125,9 @@ func (c *Config) complete() error {
 			c.Run = "/run/decree"
 		}
 	}
+	if c.Run, err = filepath.Abs(c.Run); err != nil {
+		return err
+	}
 	if len(c.Run) > 60 {
 		return fmt.Errorf("run folder %s: longer than 60 characters, too long for unix sockets below it: choose --run", c.Run)
 	}

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/front"
 	"decree.dev/decree/reconciler/containerd"
 
 	"github.com/moby/sys/mountinfo"
@@ -37,7 +38,7 @@ func Down(ctx context.Context, cfg Config, purge bool) error {
 	}
 	defer release()
 	var errs []error
-	errs = append(errs, stopPods(ctx, &cfg, purge), purgeNetwork(ctx, &cfg))
+	errs = append(errs, stopPods(ctx, &cfg, purge), front.Stop(ctx, cfg.frontRun()), purgeNetwork(ctx, &cfg))
 	if cfg.Containerd == "" {
 		errs = append(errs, containerd.StopContainerd(ctx, cfg.supervision()))
 	}
@@ -49,7 +50,7 @@ func Down(ctx context.Context, cfg Config, purge bool) error {
 			return err
 		}
 	}
-	for _, dir := range []string{cfg.containerdRun(), cfg.sandboxRun(), cfg.Data} {
+	for _, dir := range []string{cfg.containerdRun(), cfg.sandboxRun(), cfg.frontRun(), cfg.Data} {
 		if err := removeAll(dir); err != nil {
 			return err
 		}

@@ -46,7 +46,7 @@ func Agent(ctx context.Context, cfg Config, out io.Writer) error {
 	if err := learnSettings(ctx, &cfg, c, known); err != nil {
 		return err
 	}
-	metrics := prometheus.NewRegistry()
+	metrics := newRegistry()
 	g := newGroup(ctx)
 	n, err := newNode(g.ctx, &cfg, controlPlaneAt{url: "https://" + servers[0], others: known.get, keeper: keeper}, metrics)
 	if err != nil {
@@ -57,7 +57,7 @@ func Agent(ctx context.Context, cfg Config, out io.Writer) error {
 		return errors.Join(err, g.stop())
 	}
 	n.run(g.start)
-	g.start("tunnel", n.tunnel(known.get, keeper))
+	g.start("tunnel", n.tunnel(known.get, keeper, prometheus.Gatherers{metrics, n.front}))
 	member := &join.Member{Keeper: keeper, Servers: known.get, Log: cfg.Log.With("part", "certificates"), Every: cfg.TrustEvery}
 	g.start("renew", func(ctx context.Context) error { return keeper.Run(ctx, member.Renew) })
 	g.start("follow", member.Follow)

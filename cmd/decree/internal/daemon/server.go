@@ -13,13 +13,13 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promhttp"
 	corev1 "k8s.io/api/core/v1"
 
+	"decree.dev/decree/netplane/front"
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/apiserver"
 	"decree.dev/decree/raftstore/backup"
@@ -76,6 +76,7 @@ type server struct {
 	checking chan struct{} // has room for one check of the network
 	listener net.Listener
 	metrics  *prometheus.Registry
+	front    atomic.Pointer[front.Keeper] // nil: no node is in this process, or it is still starting
 	fatal    chan error
 }
 
@@ -85,11 +86,10 @@ func newServer(ctx context.Context, cfg *Config) (_ *server, err error) {
 	if os.Getenv("GOGC") == "" {
 		debug.SetGCPercent(gcPercent)
 	}
-	s := &server{cfg: cfg, metrics: prometheus.NewRegistry(), fatal: make(chan error, 1), renewed: make(chan struct{}, 1), checking: make(chan struct{}, 1)}
-	s.metrics.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	s := &server{cfg: cfg, metrics: newRegistry(), fatal: make(chan error, 1), renewed: make(chan struct{}, 1), checking: make(chan struct{}, 1)}
 	s.contacts = &contacts{nodes: s.nodeNames}
 	s.tunnels = &tunnel.Server{Node: nodeOf, Log: cfg.Log.With("part", "tunnels")}
-	s.nodes = &nodes{node: cfg.Node, elsewhere: s.tunnels}
+	s.nodes = &nodes{node: cfg.Node, metrics: exposed(s, cfg.Log.With("part", "metrics")), elsewhere: s.tunnels}
 	defer func() {
 		if err != nil {
 			s.close()
@@ -285,7 +285,7 @@ func (s *server) newAPI() error {
 		Store: s.store, Nodes: s.nodes, Sources: &sources{s}, Heard: s.contacts.heard, Lag: s.store.Lag,
 		Version: s.cfg.Version, Log: s.cfg.Log.With("part", "api"), Registerer: s.metrics,
 		Ready:   s.ready,
-		Metrics: promhttp.HandlerFor(s.metrics, promhttp.HandlerOpts{}),
+		Metrics: s.nodes.metrics,
 		Mount: map[string]http.Handler{
 			"/git/": s.git, clusterPath: s.clusterHandler(), join.RenewPath: joining.Renew(),
 			backup.Path: &backup.Handler{Source: s.snapshotSource, Log: s.cfg.Log.With("part", "snapshots")},

@@ -88,7 +88,8 @@ const (
 )
 
 // followTrust makes what the cluster trusts what this server does: its own CAs follow
-// the replicated ones, and connections of who is trusted no more are closed.
+// the replicated ones, and connections of who is trusted no more are closed. And it has
+// the cluster told what this server is, where that is mistaken.
 func (s *server) followTrust(ctx context.Context) error {
 	for asked := ""; ; {
 		changed, revision := s.creds.keeper.Changed(), s.store.View().Revision()
@@ -99,6 +100,9 @@ func (s *server) followTrust(ctx context.Context) error {
 		}
 		if membership.Leaving(s.store.View(), s.store.Members()) {
 			wait = retryTrust // that it is out brings no event
+		}
+		if membership.Mistaken(s.store.View(), s.self()) {
+			s.changedSelf()
 		}
 		s.mux.Recheck(s.still)
 		rest := time.NewTimer(recheckRest)

@@ -86,8 +86,9 @@ func (s *server) begin(g *group, begun time.Time, out io.Writer) error {
 	}
 	s.nodes.agent.Store(n.agent)
 	s.nodes.plane.Store(n.plane)
+	s.front.Store(n.front)
 	n.run(g.start)
-	g.start("tunnel", n.tunnel(func() []string { return s.addresses()[1:] }, keeper))
+	g.start("tunnel", n.tunnel(func() []string { return s.addresses()[1:] }, keeper, s))
 	member := &join.Member{Keeper: keeper, Servers: s.addresses, Log: cfg.Log.With("part", "certificates"), Every: cfg.TrustEvery}
 	g.start("node renew", func(ctx context.Context) error { return keeper.Run(ctx, member.Renew) })
 	g.start("node follow", member.Follow)

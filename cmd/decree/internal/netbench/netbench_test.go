@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -16,25 +17,33 @@ import (
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
-// benchmarks names the variable that makes TestInKernel run: its figures are for people, and
-// mean something only beside each other.
+// benchmarks names the variable that makes TestInKernel run, with numbers of services and
+// commas between them: its figures are for people, and mean something only beside each other.
 const benchmarks = "DECREE_BENCH_VM"
 
 // TestInKernel compares both backends in a stock kernel, in an emulated machine: of its
 // figures only ratios mean something.
 func TestInKernel(t *testing.T) {
 	if os.Getenv(benchmarks) == "" || vm.Inside() {
-		t.Skipf("set %s=1 to compare the backends", benchmarks)
+		t.Skipf("set %s=500,2000 to compare the backends with as many services", benchmarks)
 	}
-	vm.Test(t, 30*time.Minute, "^TestBothBackends$")
+	vm.Test(t, 60*time.Minute, "^TestBothBackends$", "-test.timeout=60m")
 }
 
 func TestBothBackends(t *testing.T) {
 	if !vm.Inside() || os.Getenv(benchmarks) == "" {
 		t.Skip("TestInKernel runs it")
 	}
+	var sizes []int
+	for text := range strings.SplitSeq(os.Getenv(benchmarks), ",") {
+		n, err := strconv.Atoi(text)
+		if err != nil {
+			t.Fatalf("%s: %v", benchmarks, err)
+		}
+		sizes = append(sizes, n)
+	}
 	err := Run(t.Context(), Config{
-		Backends: []netplane.Backend{netplane.NFTables, netplane.IPVS}, Services: []int{500, 2000}, Endpoints: 20,
+		Backends: []netplane.Backend{netplane.NFTables, netplane.IPVS}, Services: sizes, Endpoints: 50,
 		Runs: 3, Changes: 100, Connects: 500, Churn: 10 * time.Second,
 		Say: func(s Sample) { fmt.Printf("%-9s %6d services  %s\n", s.Backend, s.Services, s) },
 	})
