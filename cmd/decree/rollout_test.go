@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -24,10 +25,30 @@ type load struct {
 	failed []string
 }
 
-// startLoad asks url from inside the world's network, with four clients.
+// startLoad asks url from inside the world's network, with four clients that use 1,000 ports
+// again and again, as a client does who has been asking for long.
 func startLoad(t *testing.T, l *live, url string) *load {
 	t.Helper()
-	return startLoadBy(t, &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: l.dial}}, url)
+	if err := netspace.Do(filepath.Join("/run/netns", l.netns), func() error {
+		return os.WriteFile("/proc/sys/net/ipv4/ip_local_port_range", []byte("40000 40999"), 0)
+	}); err != nil {
+		t.Fatal(err)
+	}
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := l.dial(ctx, network, address)
+		return closesLast{conn}, err
+	}
+	return startLoadBy(t, &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: dial}}, url)
+}
+
+// closesLast is a connection that is closed after the other end closed it, so that its port is
+// free at once.
+type closesLast struct{ net.Conn }
+
+func (c closesLast) Close() error {
+	_ = c.SetReadDeadline(time.Now().Add(time.Second))
+	_, _ = io.Copy(io.Discard, c.Conn)
+	return c.Conn.Close()
 }
 
 // dial opens a connection inside the world's network.

@@ -18,6 +18,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/netplane/flows"
 	"decree.dev/decree/netplane/policy"
 	"decree.dev/decree/netplane/ruleset"
 )
@@ -34,7 +35,8 @@ type Policies struct {
 
 	mu      sync.Mutex
 	kernels [len(families)]*ruleset.Kernel
-	flows   *netlink.Handle
+	flows   *flows.Table
+	links   *netlink.Handle
 	// want is the last plan, nil before the first; tables are what it came to.
 	want   *policy.Plan
 	tables [len(families)]*ruleset.Table
@@ -57,8 +59,11 @@ func New(table string, log *slog.Logger) (*Policies, error) {
 		e.kernels[i] = k
 	}
 	var err error
-	if e.flows, err = netlink.NewHandle(unix.NETLINK_NETFILTER, unix.NETLINK_ROUTE); err != nil {
-		return nil, errors.Join(fmt.Errorf("open conntrack: %w", err), e.Close())
+	if e.flows, err = flows.Open(); err != nil {
+		return nil, errors.Join(err, e.Close())
+	}
+	if e.links, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+		return nil, errors.Join(fmt.Errorf("open routes: %w", err), e.Close())
 	}
 	return e, nil
 }
@@ -75,6 +80,9 @@ func (e *Policies) Close() error {
 	}
 	if e.flows != nil {
 		e.flows.Close()
+	}
+	if e.links != nil {
+		e.links.Close()
 	}
 	return errors.Join(errs...)
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/netplane/flows"
 	"decree.dev/decree/netplane/policy"
 	"decree.dev/decree/netplane/render"
 )
@@ -61,7 +62,7 @@ func sameGroup(a, b *policy.Group) bool {
 // sweep deletes the kernel's memory of connections that p does not allow. Their next
 // packets would be dropped without it, but not what the other end sends.
 func (e *Policies) sweep(p *policy.Plan, ranges []netip.Prefix) error {
-	addrs, err := e.flows.AddrList(nil, netlink.FAMILY_ALL)
+	addrs, err := e.links.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil {
 		return fmt.Errorf("list addresses of the node: %w", err)
 	}
@@ -71,9 +72,9 @@ func (e *Policies) sweep(p *policy.Plan, ranges []netip.Prefix) error {
 			d.own[own.Unmap()] = true
 		}
 	}
-	n := uint(0)
-	for _, f := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		m, err := e.flows.ConntrackDeleteFilters(netlink.ConntrackTable, f, d)
+	n := 0
+	for _, f := range []uint8{unix.AF_INET, unix.AF_INET6} {
+		m, err := e.flows.Delete(f, d.forgotten)
 		n += m
 		if err != nil {
 			return err
@@ -85,23 +86,17 @@ func (e *Policies) sweep(p *policy.Plan, ranges []netip.Prefix) error {
 	return nil
 }
 
-// denied are the connections that a plan does not allow. It implements
-// netlink.CustomConntrackFilter.
+// denied are the connections that a plan does not allow.
 type denied struct {
 	plan   *policy.Plan
 	own    map[netip.Addr]bool
 	ranges []netip.Prefix
 }
 
-// MatchConntrackFlow reports whether the flow is to be forgotten.
-func (d *denied) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
-	// Who began it, as it called itself, and who answers, whatever it was called by.
-	from, ok1 := netip.AddrFromSlice(flow.Forward.SrcIP)
-	to, ok2 := netip.AddrFromSlice(flow.Reverse.SrcIP)
-	if !ok1 || !ok2 {
-		return false
-	}
-	from, to = from.Unmap(), to.Unmap()
+// forgotten judges by who began the flow, as it called itself, and by who answers, whatever it
+// was called by.
+func (d *denied) forgotten(flow *flows.Flow) bool {
+	from, to := flow.Orig.Src.Addr(), flow.Reply.Src
 	local := d.own[from] || slices.ContainsFunc(d.ranges, func(r netip.Prefix) bool { return r.Contains(from) })
-	return !d.plan.Judge(policy.Flow{From: from, To: to, Proto: render.Proto(flow.Forward.Protocol), Port: flow.Reverse.SrcPort, FromNode: local}).Allowed
+	return !d.plan.Judge(policy.Flow{From: from, To: to.Addr(), Proto: render.Proto(flow.Proto), Port: to.Port(), FromNode: local}).Allowed
 }

@@ -1,6 +1,8 @@
 package flows
 
 import (
+	"bytes"
+	"errors"
 	"net"
 	"net/netip"
 	"os/exec"
@@ -10,6 +12,7 @@ import (
 	"time"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/netplane/netspace/netspacetest"
@@ -90,4 +93,85 @@ table ip6 t { chain d { type filter hook output priority 0; ct state new accept;
 	if n, err := Forget(path, netip.MustParseAddr(others[1])); n != 1 || err != nil || len(left()) > 0 {
 		t.Errorf("the last one: %d, %v, %q", n, err, left())
 	}
+}
+
+// TestReplaced: what took the place of a flow after it was listed stays, though it was begun from
+// the same port and the kernel gives it the same number.
+func TestReplaced(t *testing.T) {
+	path := netspacetest.Namespace(t, "node")
+	netspacetest.Up(t, path, "lo", "10.98.1.1/24", "10.98.1.2/32", "10.98.1.3/32")
+	lead := func(to string) {
+		c := exec.Command("nft", "-f", "-")
+		c.Stdin = strings.NewReader("table ip t { chain c { type nat hook output priority -100; }; }; flush chain ip t c; add rule ip t c ip daddr 10.98.1.1 udp dport 53 dnat to " + to)
+		if out, err := c.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	netspacetest.In(t, path, func() error {
+		// An entry takes the place of another one on the same processor.
+		var before, one unix.CPUSet
+		if err := unix.SchedGetaffinity(0, &before); err != nil {
+			return err
+		}
+		for cpu := 0; one.Count() == 0; cpu++ {
+			if before.IsSet(cpu) {
+				one.Set(cpu)
+			}
+		}
+		if err := unix.SchedSetaffinity(0, &one); err != nil {
+			return err
+		}
+		defer func() { _ = unix.SchedSetaffinity(0, &before) }()
+		d := net.Dialer{LocalAddr: &net.UDPAddr{IP: net.IPv4(10, 98, 1, 1), Port: 4000}}
+		conn, err := d.Dial("udp", "10.98.1.1:53")
+		if err != nil {
+			return err
+		}
+		defer conn.Close()
+		send := func() {
+			_, err := conn.Write([]byte("?"))
+			for errors.Is(err, unix.ECONNREFUSED) { // what became of the one before: nothing was sent
+				_, err = conn.Write([]byte("?"))
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		table, err := Open()
+		if err != nil {
+			return err
+		}
+		defer table.Close()
+		same := 0
+		for range 20 {
+			lead("10.98.1.2")
+			send()
+			lead("10.98.1.3") // for who comes next
+			if n, err := table.Delete(unix.AF_INET, func(f *Flow) bool {
+				if f.Reply.Src.String() != "10.98.1.2:53" {
+					return false
+				}
+				if err := table.delete(f); err != nil {
+					t.Fatal(err)
+				}
+				send()
+				if _, err := table.Delete(unix.AF_INET, func(now *Flow) bool {
+					if now.Orig == f.Orig && now.Reply != f.Reply && bytes.Equal(within(now.attrs, nl.CTA_ID), within(f.attrs, nl.CTA_ID)) {
+						same++
+					}
+					return false
+				}); err != nil {
+					t.Fatal(err)
+				}
+				return true
+			}); n != 1 || err != nil {
+				t.Fatalf("%d flows of the old endpoint: %v", n, err)
+			}
+			if n, err := table.Delete(unix.AF_INET, func(f *Flow) bool { return f.Reply.Src.String() == "10.98.1.3:53" }); n != 1 || err != nil {
+				t.Fatalf("%d flows of the new endpoint: %v", n, err)
+			}
+		}
+		t.Logf("%d of 20 had the number of their predecessors", same)
+		return nil
+	})
 }

@@ -5,43 +5,33 @@ import (
 	"net/netip"
 	"slices"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 
 	"decree.dev/decree/netplane/diff"
+	"decree.dev/decree/netplane/flows"
 	"decree.dev/decree/netplane/render"
 )
 
 // stale are UDP services whose flows may lead where they may not any more, as they are now.
-// It implements netlink.CustomConntrackFilter.
 type stale struct {
 	services map[render.Port]*render.Service
 	// inside is where clients are that are not from outside.
 	inside []netip.Prefix
 }
 
-// MatchConntrackFlow reports whether the flow goes to what is no endpoint for its client: one
+// forgotten reports whether the flow goes to what is no endpoint for its client: one
 // that the service lost, or the address itself, from a time at which no service was there;
 // or whether the client is not served any more.
-func (s *stale) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
-	dst, ok := netip.AddrFromSlice(flow.Forward.DstIP)
-	if !ok {
-		return false
-	}
-	svc := s.services[render.Port{Addr: dst.Unmap(), Proto: render.Proto(flow.Forward.Protocol), Port: flow.Forward.DstPort}]
+func (s *stale) forgotten(flow *flows.Flow) bool {
+	svc := s.services[render.Port{Addr: flow.Orig.Dst.Addr(), Proto: render.Proto(flow.Proto), Port: flow.Orig.Dst.Port()}]
 	if svc == nil {
 		return false
 	}
-	client, ok1 := netip.AddrFromSlice(flow.Forward.SrcIP)
-	server, ok2 := netip.AddrFromSlice(flow.Reverse.SrcIP)
-	if !ok1 || !ok2 {
-		return false
-	}
-	client = client.Unmap()
+	client := flow.Orig.Src.Addr()
 	if len(svc.Sources) > 0 && !within(svc.Sources, client) {
 		return true
 	}
-	return !among(led(svc, !within(s.inside, client)), netip.AddrPortFrom(server.Unmap(), flow.Reverse.SrcPort))
+	return !among(led(svc, !within(s.inside, client)), flow.Reply.Src)
 }
 
 // among looks in a list that is in order.
@@ -63,16 +53,12 @@ func led(svc *render.Service, fromOutside bool) []netip.AddrPort {
 	return svc.Endpoints
 }
 
-// unanswered are connections that began towards nodes that are gone. It implements
-// netlink.CustomConntrackFilter.
-type unanswered struct{ lost []netip.Prefix }
-
-// MatchConntrackFlow reports whether the flow is a TCP connection that was led to a lost
-// endpoint and got no answer.
-func (u *unanswered) MatchConntrackFlow(flow *netlink.ConntrackFlow) bool {
-	tcp, ok := flow.ProtoInfo.(*netlink.ProtoInfoTCP)
-	server, valid := netip.AddrFromSlice(flow.Reverse.SrcIP)
-	return ok && valid && tcp.State == nl.TCP_CONNTRACK_SYN_SENT && within(u.lost, server.Unmap()) && !flow.Forward.DstIP.Equal(flow.Reverse.SrcIP)
+// unanswered returns what finds TCP connections that were led to lost endpoints and got no answer.
+func unanswered(lost []netip.Prefix) func(*flows.Flow) bool {
+	return func(flow *flows.Flow) bool {
+		server := flow.Reply.Src.Addr()
+		return flow.TCPState == nl.TCP_CONNTRACK_SYN_SENT && within(lost, server) && flow.Orig.Dst.Addr() != server
+	}
 }
 
 // forgetUnanswered deletes the kernel's memory of connections that began towards nodes which
@@ -85,7 +71,7 @@ func (s *Services) forgetUnanswered(ops []diff.Op, t *render.Table) error {
 	}))
 	for _, f := range families {
 		if s.lost && uses(f, t) {
-			if _, err := s.flows.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.conntrack), &unanswered{t.Lost}); err != nil {
+			if _, err := s.flows.Delete(f.conntrack, unanswered(t.Lost)); err != nil {
 				return fmt.Errorf("forget connections to lost nodes: %w", err)
 			}
 		}
@@ -104,7 +90,7 @@ func (s *Services) forgetFlows(ops []diff.Op, t *render.Table) error {
 	s.unforgotten = append(s.unforgotten, ops...)
 	inside := slices.Concat(t.Cluster, t.Range) // what the node sends to the range comes from there
 	for f, services := range staleServices(s.unforgotten, t.Range) {
-		if _, err := s.flows.ConntrackDeleteFilters(netlink.ConntrackTable, netlink.InetFamily(f.conntrack), &stale{services, inside}); err != nil {
+		if _, err := s.flows.Delete(f.conntrack, (&stale{services, inside}).forgotten); err != nil {
 			return fmt.Errorf("forget UDP flows to removed endpoints: %w", err)
 		}
 	}

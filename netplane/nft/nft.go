@@ -22,10 +22,10 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"decree.dev/decree/netplane/diff"
+	"decree.dev/decree/netplane/flows"
 	"decree.dev/decree/netplane/render"
 )
 
@@ -62,7 +62,7 @@ type Services struct {
 	closed bool
 	conn   *nftables.Conn
 	wire   *elementWire
-	flows  *netlink.Handle
+	flows  *flows.Table
 	// known says that have and what follows is what the kernel holds.
 	known  bool
 	have   render.Table
@@ -91,8 +91,8 @@ func New(table string, log *slog.Logger) (*Services, error) {
 	if s.wire, err = openWire(); err != nil {
 		return nil, errors.Join(err, conn.CloseLasting())
 	}
-	if s.flows, err = netlink.NewHandle(unix.NETLINK_NETFILTER); err != nil {
-		return nil, errors.Join(fmt.Errorf("open conntrack: %w", err), s.wire.Close(), conn.CloseLasting())
+	if s.flows, err = flows.Open(); err != nil {
+		return nil, errors.Join(err, s.wire.Close(), conn.CloseLasting())
 	}
 	return s, nil
 }
