@@ -36,6 +36,7 @@ func RunFamily(t *testing.T, w World, n Net) {
 		{"masquerade", s.masquerade},
 		{"samePort", s.samePort},
 		{"sharedPort", s.sharedPort},
+		{"portAgain", s.portAgain},
 		{"udp", s.udp},
 		{"udpFlow", s.udpFlow},
 		{"udpBefore", s.udpBefore},
