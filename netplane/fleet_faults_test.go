@@ -3,6 +3,7 @@ package netplane_test
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -12,12 +13,16 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
 	"github.com/miekg/dns"
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
 	"decree.dev/decree/netplane/netplanetest"
 	"decree.dev/decree/netplane/netplanetest/vm"
 	"decree.dev/decree/netplane/netspace"
+	"decree.dev/decree/netplane/netspace/netspacetest"
 	"decree.dev/decree/netplane/render"
 )
 
@@ -122,6 +127,7 @@ func well(t *testing.T, when string, all ...*stream) {
 
 // TestFleetFaults: on five nodes, with streams of requests from pods, nodes and outside in both
 // families.
+//   - Who has to send the first packet of a connection again gets through.
 //   - While endpoints come and go and agents are killed in the middle of that and started
 //     again, nothing is lost.
 //   - A link that is cut costs what goes over it, while it is cut, and nothing else.
@@ -130,6 +136,7 @@ func TestFleetFaults(t *testing.T) {
 	t.Parallel()
 	f := newFleet(t, 5)
 	f.load(200)
+	testSentAgain(t, f)
 	testPlanned(t, f)
 	testCut(t, f)
 	testDeath(t, f)
@@ -160,6 +167,67 @@ func (f *fleet) callers(patience time.Duration, kept bool) (out []*stream) {
 		}
 	}
 	return out
+}
+
+func testSentAgain(t *testing.T, f *fleet) {
+	pods := f.podHosts()
+	for _, pod := range []netplanetest.Host{pods[0], pods[len(pods)-1]} {
+		f.front(pod)
+		f.publish()
+		callers := f.callers(20*time.Second, false)
+		heard := deaf(t, f.lab.Path[pod], len(callers))
+		errs := make([]error, len(callers))
+		var all sync.WaitGroup
+		for i, s := range callers {
+			all.Go(func() { errs[i] = s.ask() })
+		}
+		heard()
+		all.Wait()
+		for i, err := range errs {
+			if err != nil {
+				t.Errorf("%s, served by %s, which did not hear the first packet: %v", callers[i].name, pod, err)
+			}
+		}
+	}
+}
+
+// deaf makes a host hear nothing of TCP; the returned function waits for so many packets that it
+// did not hear, and makes it hear again.
+func deaf(t *testing.T, path string, packets int) (heard func()) {
+	table := &nftables.Table{Name: "deaf", Family: nftables.TableFamilyINet}
+	chain := &nftables.Chain{Name: "input", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter}
+	var c *nftables.Conn
+	netspacetest.In(t, path, func() (err error) {
+		if c, err = nftables.New(nftables.AsLasting()); err != nil {
+			return err
+		}
+		c.AddTable(table)
+		c.AddChain(chain)
+		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
+			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
+			&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop},
+		}})
+		return c.Flush()
+	})
+	return func() {
+		t.Helper()
+		count := func() uint64 {
+			rules, err := c.GetRules(table, chain)
+			if err != nil || len(rules) != 1 {
+				t.Fatalf("%d rules: %v", len(rules), err)
+			}
+			return rules[0].Exprs[2].(*expr.Counter).Packets
+		}
+		for end := time.Now().Add(10 * time.Second); count() < uint64(packets); time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("only %d of %d packets arrived", count(), packets)
+			}
+		}
+		c.DelTable(table)
+		if err := errors.Join(c.Flush(), c.CloseLasting()); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 func testPlanned(t *testing.T, f *fleet) {

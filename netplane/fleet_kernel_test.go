@@ -18,6 +18,7 @@ func TestKernelFleet(t *testing.T) {
 	testNames(t, f)
 	f.services, f.slices = nil, nil
 	f.load(20)
+	testSentAgain(t, f)
 	testPlanned(t, f)
 	testCut(t, f)
 	testDeath(t, f)

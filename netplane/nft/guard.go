@@ -314,7 +314,7 @@ func (f *family) guardChains() []chain {
 		// IPVS is at -98 of the hook output and at 98 and 99 of the hook input
 		// (net/netfilter/ipvs/ip_vs_core.c). What nftables translated (-100) is not for
 		// IPVS, nor for the rule of routing: both backends are there while one gives way.
-		beforeIPVS, afterIPVS, afterDNAT = -99, 110, -90
+		beforeIPVS, afterIPVS, afterDNAT, afterMasquerade = -99, 110, -90, 101
 		// It is at 100 of the hook forward, and policies judge from 105 of input on.
 		behindIPVS = 101
 	)
@@ -336,6 +336,7 @@ func (f *family) guardChains() []chain {
 		filter("unlisted_forward", nftables.ChainHookForward, 0, f.filter(true)),
 		filter("unlisted_output", nftables.ChainHookOutput, 0, f.filter(false)),
 		{name: "postrouting", typ: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, prio: nftables.ChainPriorityNATSource, rules: f.guardMasquerade()},
+		filter("unmark", nftables.ChainHookPostrouting, afterMasquerade, unmark()),
 	}
 }
 
@@ -391,24 +392,31 @@ func markWith(bit uint32) []expr.Any {
 
 // guardMasquerade is masquerade for connections whose address another balancer
 // changed: nothing in conntrack tells them from others, so that admit marks them. A
-// pod's packets to itself are here only if they were sent to a service. Marks end here: a
-// packet that is wrapped now, for another node, would hand them on to what it is wrapped in.
+// pod's packets to itself are here only if they were sent to a service.
 func (f *family) guardMasquerade() [][]expr.Any {
 	src, dst := f.load(reg0, f.saddr), f.load(reg0, f.daddr)
 	masq := &expr.Masq{FullyRandom: true}
-	marked := func(bit uint32) []expr.Any {
-		return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(bit, 0), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}}
-	}
-	unmark := []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(OwnBit|FarBit), 0),
-		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
-	}
 	return [][]expr.Any{
 		{src, f.load(reg0+f.words, f.daddr), member(reg0, hairpin), masq},
-		join(marked(OwnBit), unmark, []expr.Any{masq}),
-		join(marked(FarBit), []expr.Any{dst, notMember(reg0, near)}, unmark, []expr.Any{masq}),
+		join(marked(OwnBit), []expr.Any{masq}),
+		join(marked(FarBit), []expr.Any{dst, notMember(reg0, near), masq}),
 		{src, member(reg0, pods), dst, notMember(reg0, cluster), dst, notMember(reg0, ranges), masq},
 	}
+}
+
+// unmark ends the marks of admit: a packet that is wrapped now, for another node, would hand
+// them on to what it is wrapped in, which would be masqueraded, too. Masquerading itself sees the
+// first packet of a connection only, and marks have others, too: those that are sent again.
+func unmark() [][]expr.Any {
+	return [][]expr.Any{join(marked(OwnBit|FarBit), []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(OwnBit|FarBit), 0),
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
+	})}
+}
+
+// marked finds packets whose mark has one of some bits.
+func marked(bits uint32) []expr.Any {
+	return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(bits, 0), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}}
 }
 
 // masked makes register 0 (itself & mask) ^ xor.
