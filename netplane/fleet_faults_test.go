@@ -3,7 +3,6 @@ package netplane_test
 import (
 	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -13,10 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/nftables"
-	"github.com/google/nftables/expr"
 	"github.com/miekg/dns"
-	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 
 	"decree.dev/decree/netplane/netplanetest"
@@ -175,57 +171,19 @@ func testSentAgain(t *testing.T, f *fleet) {
 		f.front(pod)
 		f.publish()
 		callers := f.callers(20*time.Second, false)
-		heard := deaf(t, f.lab.Path[pod], len(callers))
+		d := netspacetest.Deafen(t, f.lab.Path[pod])
 		errs := make([]error, len(callers))
 		var all sync.WaitGroup
 		for i, s := range callers {
 			all.Go(func() { errs[i] = s.ask() })
 		}
-		heard()
+		d.Missed(len(callers))
+		d.End()
 		all.Wait()
 		for i, err := range errs {
 			if err != nil {
 				t.Errorf("%s, served by %s, which did not hear the first packet: %v", callers[i].name, pod, err)
 			}
-		}
-	}
-}
-
-// deaf makes a host hear nothing of TCP; the returned function waits for so many packets that it
-// did not hear, and makes it hear again.
-func deaf(t *testing.T, path string, packets int) (heard func()) {
-	table := &nftables.Table{Name: "deaf", Family: nftables.TableFamilyINet}
-	chain := &nftables.Chain{Name: "input", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookInput, Priority: nftables.ChainPriorityFilter}
-	var c *nftables.Conn
-	netspacetest.In(t, path, func() (err error) {
-		if c, err = nftables.New(nftables.AsLasting()); err != nil {
-			return err
-		}
-		c.AddTable(table)
-		c.AddChain(chain)
-		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: []expr.Any{
-			&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_TCP}},
-			&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop},
-		}})
-		return c.Flush()
-	})
-	return func() {
-		t.Helper()
-		count := func() uint64 {
-			rules, err := c.GetRules(table, chain)
-			if err != nil || len(rules) != 1 {
-				t.Fatalf("%d rules: %v", len(rules), err)
-			}
-			return rules[0].Exprs[2].(*expr.Counter).Packets
-		}
-		for end := time.Now().Add(10 * time.Second); count() < uint64(packets); time.Sleep(time.Millisecond) {
-			if time.Now().After(end) {
-				t.Fatalf("only %d of %d packets arrived", count(), packets)
-			}
-		}
-		c.DelTable(table)
-		if err := errors.Join(c.Flush(), c.CloseLasting()); err != nil {
-			t.Fatal(err)
 		}
 	}
 }

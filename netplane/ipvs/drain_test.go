@@ -229,6 +229,38 @@ func TestKernelDrained(t *testing.T) {
 	})
 }
 
+// TestKernelTwice: who is about to connect to an endpoint that goes does, although the first packet
+// came twice, because the answer to it took long.
+func TestKernelTwice(t *testing.T) {
+	stages(t, ipvs.Config{}, func(st *stage) {
+		for _, from := range []netplanetest.Host{netplanetest.Pod1, netplanetest.Node, netplanetest.Outside} {
+			st.sync(st.table(netplanetest.Pod2))
+			d := netspacetest.Deafen(st.t, st.Path[from])
+			result := make(chan string, 1)
+			go func() {
+				var c net.Conn
+				if err := netspace.Do(st.Path[from], func() (err error) {
+					c, err = net.DialTimeout("tcp", netip.AddrPortFrom(st.port().Addr, st.port().Port).String(), 10*time.Second)
+					return err
+				}); err != nil {
+					result <- err.Error()
+					return
+				}
+				defer c.Close()
+				who, err := (&talk{c, bufio.NewReader(c)}).say("hello")
+				result <- fmt.Sprint(who, " ", err)
+			}()
+			d.Missed(1)
+			st.sync(st.table(netplanetest.Pod3))
+			d.Missed(2) // the client has sent again, too, at the same time
+			d.End()
+			if got, want := <-result, st.n.Endpoints(echoPort, netplanetest.Pod2)[0].String()+" <nil>"; got != want {
+				st.t.Errorf("from %s: %s, want %s", from, got, want)
+			}
+		}
+	})
+}
+
 // TestKernelGrace: connections that do not end in time are not waited for.
 func TestKernelGrace(t *testing.T) {
 	stages(t, ipvs.Config{Drain: 3 * time.Second}, func(st *stage) {
