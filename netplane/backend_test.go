@@ -29,7 +29,7 @@ func TestInKernel(t *testing.T) {
 		t.Skip("this is the machine")
 	}
 	plugins := []string{"/usr/lib/cni/ptp", "/usr/lib/cni/host-local"}
-	vm.TestWith(t, 6*time.Minute, cmp.Or(os.Getenv("DECREE_TEST_RUN"), "^Test(Kernel|Nodes|Churn)"), plugins)
+	vm.TestWith(t, 9*time.Minute, cmp.Or(os.Getenv("DECREE_TEST_RUN"), "^Test(Kernel|Nodes|Churn)"), plugins)
 }
 
 // TestKernelSwitch: with IPVS in the kernel it is the backend; each backend gives way to
