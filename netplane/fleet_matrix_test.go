@@ -89,6 +89,9 @@ func testPairs(t *testing.T, f *fleet) {
 			}
 		}
 		for a, who := range f.answers(1, all...) {
+			if len(who) == 0 && vm.Inside() { // slow, rather than out of reach
+				who = f.answers(1, a)[a]
+			}
 			source, ok := who[a.to.Addr()]
 			if f.pods[a.from] == nil && a.from != outside {
 				source = n.Addr[a.from] // nodes have several

@@ -233,32 +233,50 @@ func TestKernelDrained(t *testing.T) {
 // came twice, because the answer to it took long.
 func TestKernelTwice(t *testing.T) {
 	stages(t, ipvs.Config{}, func(st *stage) {
-		for _, from := range []netplanetest.Host{netplanetest.Pod1, netplanetest.Node, netplanetest.Outside} {
-			st.sync(st.table(netplanetest.Pod2))
-			d := netspacetest.Deafen(st.t, st.Path[from])
-			result := make(chan string, 1)
-			go func() {
-				var c net.Conn
-				if err := netspace.Do(st.Path[from], func() (err error) {
-					c, err = net.DialTimeout("tcp", netip.AddrPortFrom(st.port().Addr, st.port().Port).String(), 10*time.Second)
-					return err
-				}); err != nil {
-					result <- err.Error()
-					return
-				}
-				defer c.Close()
-				who, err := (&talk{c, bufio.NewReader(c)}).say("hello")
-				result <- fmt.Sprint(who, " ", err)
-			}()
-			d.Missed(1)
-			st.sync(st.table(netplanetest.Pod3))
-			d.Missed(2) // the client has sent again, too, at the same time
-			d.End()
-			if got, want := <-result, st.n.Endpoints(echoPort, netplanetest.Pod2)[0].String()+" <nil>"; got != want {
-				st.t.Errorf("from %s: %s, want %s", from, got, want)
+		want := st.n.Endpoints(echoPort, netplanetest.Pod2)[0].String()
+		// The node first, as it hears what others say to services, too, and when they end.
+		for _, from := range []netplanetest.Host{netplanetest.Node, netplanetest.Pod1, netplanetest.Outside} {
+			got, quick := st.connectLate(from)
+			for tries := 1; !quick && tries < 5; tries++ {
+				got, quick = st.connectLate(from)
+			}
+			if got != want {
+				st.t.Errorf("from %s: answered by %s, want %s", from, got, want)
 			}
 		}
 	})
+}
+
+// connectLate connects to Pod2, which gives way to Pod3 before the client hears of the answer, and
+// returns who answers in the end. It is not quick if the client may have sent its first packet so
+// often that it is let through again.
+func (st *stage) connectLate(from netplanetest.Host) (answered string, quick bool) {
+	st.sync(st.table(netplanetest.Pod2))
+	d := netspacetest.Deafen(st.t, st.Path[from])
+	result := make(chan string, 1)
+	go func() {
+		var c net.Conn
+		if err := netspace.Do(st.Path[from], func() (err error) {
+			c, err = net.DialTimeout("tcp", netip.AddrPortFrom(st.port().Addr, st.port().Port).String(), 20*time.Second)
+			return err
+		}); err != nil {
+			result <- err.Error()
+			return
+		}
+		defer c.Close()
+		who, err := (&talk{c, bufio.NewReader(c)}).say("hello")
+		if err != nil {
+			who = err.Error()
+		}
+		result <- who
+	}()
+	d.Missed(1)
+	begun := time.Now()
+	st.sync(st.table(netplanetest.Pod3))
+	d.Missed(2) // the client has sent again, too, at the same time
+	d.End()
+	quick = time.Since(begun) < 2500*time.Millisecond
+	return <-result, quick
 }
 
 // TestKernelGrace: connections that do not end in time are not waited for.
