@@ -369,7 +369,7 @@ func (f *family) admit(own bool) [][]expr.Any {
 	rules = slices.Insert(rules, 0, []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(DeliverBit), 0),
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
-	}, f.needless())
+	}, needless())
 	bit := uint32(OwnBit)
 	foreign := []expr.Any{f.load(reg0, f.saddr), notMember(reg0, cluster)}
 	if !own {
@@ -383,27 +383,24 @@ func (f *family) admit(own bool) [][]expr.Any {
 		join(foreign, f.loadPort(reg0), []expr.Any{member(reg0, outside)}, markWith(bit)))
 }
 
-// needless drops the first packet of a TCP connection to a pod, by way of a service, when it comes
-// once more, on the way past the answer. If IPVS takes its endpoint away just then (weight 0), it would forget the connection
-// for that packet, and the client would be reset. Should the answer be lost, the endpoint sends
-// it again by itself; with SYN cookies it does not, and the client gets through when it asks for
+// needless drops the first packet of a TCP connection when it comes once more, on the way past
+// the answer. If IPVS takes its endpoint away just then (weight 0), it would forget the connection
+// for that packet, and the client would be reset. Should the answer be lost, who sent it sends
+// it again; with SYN cookies nobody does, and the client gets through when it asks for
 // the third time, after seven seconds.
-func (f *family) needless() []expr.Any {
+func needless() []expr.Any {
 	const (
 		seenReply, assured = 1 << 1, 1 << 2 // IPS_SEEN_REPLY, IPS_ASSURED of nf_conntrack_common.h
 		fin, syn, rst, ack = 1, 2, 4, 16
 		flags              = 13 // where they are in the header (RFC 9293, 3.1)
 		// What is left of the minute that the kernel waits for who was answered to go on.
 		answering = 55 * time.Second
-		// IP_CT_DIR_REPLY, which is one byte: the kernel reads the first of the four that the library writes.
-		replies = 1 << 24
 	)
 	return []expr.Any{
 		l4proto(reg0), equal([]byte{byte(render.TCP)}),
 		&expr.Payload{DestRegister: reg0, Base: expr.PayloadBaseTransportHeader, Offset: flags, Len: 1},
 		&expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 1, Mask: []byte{fin | syn | rst | ack}, Xor: []byte{0}}, equal([]byte{syn}),
 		ct(expr.CtKeySTATUS), masked(seenReply|assured, 0), equal(binaryutil.NativeEndian.PutUint32(seenReply)),
-		&expr.Ct{Key: expr.CtKeySRC, Direction: replies, Register: reg0}, member(reg0, cluster), // who answers
 		ct(expr.CtKeyEXPIRATION), &expr.Byteorder{SourceRegister: reg0, DestRegister: reg0, Op: expr.ByteorderHton, Len: 4, Size: 4},
 		&expr.Cmp{Op: expr.CmpOpGt, Register: reg0, Data: binary.BigEndian.AppendUint32(nil, uint32(answering.Milliseconds()))},
 		drop(),
