@@ -1,6 +1,6 @@
 // Package netplane is the network of one node: pod networks by CNI, services and policies in
-// the kernel. What a node serves by itself (DNS, Ingress) is netplane/front. Callers hand over the whole desired network with Set;
-// the difference is found and applied inside.
+// the kernel. What a node serves by itself (DNS, Ingress) is netplane/front. Callers hand over
+// the whole desired network with Set; the difference is found and applied inside.
 package netplane
 
 import (

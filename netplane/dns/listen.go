@@ -59,8 +59,7 @@ func newDatagrams(n int) *datagrams {
 }
 
 // serveUDP answers datagrams until reading from the socket fails, and works for them until ctx
-// ends. There is one such loop for
-// a socket: several would wake each other for every packet.
+// ends. There is one such loop for a socket: several would wake each other for every packet.
 func (s *Server) serveUDP(ctx context.Context, conn *net.UDPConn, busy *sync.WaitGroup) error {
 	pc := ipv4.NewPacketConn(conn) // receives and sends IPv6 as well
 	d := newDatagrams(batch)

@@ -345,7 +345,7 @@ func (f *family) guardChains() []chain {
 // its own. What is refused goes on, to be refused on its way: the kernel sends no ICMP
 // errors from addresses that are not local.
 func (f *family) deliver() [][]expr.Any {
-	known := []expr.Any{ct(expr.CtKeySTATE), masked(expr.CtStateBitNEW, 0), equal(make([]byte, 4))}
+	known := []expr.Any{ct(expr.CtKeySTATE), bits(reg0, expr.CtStateBitNEW), equal(make([]byte, 4))}
 	return [][]expr.Any{
 		join(f.loadPort(reg0), []expr.Any{member(reg0, outside)}, markWith(DeliverBit)),
 		join(known, f.loadPort(reg0), []expr.Any{member(reg0, draining)}, markWith(DeliverBit)),
@@ -358,7 +358,7 @@ func (f *family) admit(own bool) [][]expr.Any {
 	refuse := &expr.Verdict{Kind: expr.VerdictGoto, Chain: "refuse"}
 	client := f.load(reg0+f.words+2, f.saddr) // behind the service
 	rules := [][]expr.Any{
-		{ct(expr.CtKeySTATE), masked(expr.CtStateBitNEW, 0), equal(make([]byte, 4)), accept()},
+		{ct(expr.CtKeySTATE), bits(reg0, expr.CtStateBitNEW), equal(make([]byte, 4)), accept()},
 		append(f.loadPort(reg0), member(reg0, local), accept()),
 		append(f.loadPort(reg0), member(reg0, dropped), drop()),
 		append(f.loadPort(reg0), member(reg0, draining), refuse),
@@ -366,10 +366,7 @@ func (f *family) admit(own bool) [][]expr.Any {
 		join(f.loadPort(reg0), []expr.Any{member(reg0, guarded)}, f.loadPort(reg0), []expr.Any{client, notMember(reg0, allowed), drop()}),
 	}
 	// Once delivered, the bit must not steer the packet's way to the endpoint.
-	rules = slices.Insert(rules, 0, []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(DeliverBit), 0),
-		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
-	}, needless())
+	rules = slices.Insert(rules, 0, changeMark(^uint32(DeliverBit), 0), needless())
 	bit := uint32(OwnBit)
 	foreign := []expr.Any{f.load(reg0, f.saddr), notMember(reg0, cluster)}
 	if !own {
@@ -400,7 +397,7 @@ func needless() []expr.Any {
 		l4proto(reg0), equal([]byte{byte(render.TCP)}),
 		&expr.Payload{DestRegister: reg0, Base: expr.PayloadBaseTransportHeader, Offset: flags, Len: 1},
 		&expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 1, Mask: []byte{fin | syn | rst | ack}, Xor: []byte{0}}, equal([]byte{syn}),
-		ct(expr.CtKeySTATUS), masked(seenReply|assured, 0), equal(binaryutil.NativeEndian.PutUint32(seenReply)),
+		ct(expr.CtKeySTATUS), bits(reg0, seenReply|assured), equal(binaryutil.NativeEndian.PutUint32(seenReply)),
 		ct(expr.CtKeyEXPIRATION), &expr.Byteorder{SourceRegister: reg0, DestRegister: reg0, Op: expr.ByteorderHton, Len: 4, Size: 4},
 		&expr.Cmp{Op: expr.CmpOpGt, Register: reg0, Data: binary.BigEndian.AppendUint32(nil, uint32(answering.Milliseconds()))},
 		drop(),
@@ -408,9 +405,13 @@ func needless() []expr.Any {
 }
 
 // markWith sets a bit of the packet's mark.
-func markWith(bit uint32) []expr.Any {
+func markWith(bit uint32) []expr.Any { return changeMark(^bit, bit) }
+
+// changeMark makes the packet's mark (itself & mask) ^ xor.
+func changeMark(mask, xor uint32) []expr.Any {
 	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^bit, bit),
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0},
+		&expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(mask), Xor: binaryutil.NativeEndian.PutUint32(xor)},
 		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
 	}
 }
@@ -433,20 +434,12 @@ func (f *family) guardMasquerade() [][]expr.Any {
 // them on to what it is wrapped in, which would be masqueraded, too. Masquerading itself sees the
 // first packet of a connection only, and marks have others, too: those that are sent again.
 func unmark() [][]expr.Any {
-	return [][]expr.Any{join(marked(OwnBit|FarBit), []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(^uint32(OwnBit|FarBit), 0),
-		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: reg0},
-	})}
+	return [][]expr.Any{join(marked(OwnBit|FarBit), changeMark(^uint32(OwnBit|FarBit), 0))}
 }
 
 // marked finds packets whose mark has one of some bits.
-func marked(bits uint32) []expr.Any {
-	return []expr.Any{&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, masked(bits, 0), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}}
-}
-
-// masked makes register 0 (itself & mask) ^ xor.
-func masked(mask, xor uint32) expr.Any {
-	return &expr.Bitwise{SourceRegister: reg0, DestRegister: reg0, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(mask), Xor: binaryutil.NativeEndian.PutUint32(xor)}
+func marked(mask uint32) []expr.Any {
+	return has(&expr.Meta{Key: expr.MetaKeyMARK, Register: reg0}, mask)
 }
 
 // ProbeGuard finds out whether the kernel has all that a Guard needs, as Probe does.

@@ -282,8 +282,11 @@ func l4proto(reg uint32) expr.Any { return &expr.Meta{Key: expr.MetaKeyL4PROTO, 
 func ct(key expr.CtKey) expr.Any { return &expr.Ct{Key: key, Register: reg0} }
 
 // ctHas finds packets of whose connection any of some bits is set.
-func ctHas(key expr.CtKey, mask uint32) []expr.Any {
-	return []expr.Any{ct(key), bits(reg0, mask), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}}
+func ctHas(key expr.CtKey, mask uint32) []expr.Any { return has(ct(key), mask) }
+
+// has finds packets of which what is loaded into register 0 has any of some bits.
+func has(load expr.Any, mask uint32) []expr.Any {
+	return []expr.Any{load, bits(reg0, mask), &expr.Cmp{Op: expr.CmpOpNeq, Register: reg0, Data: make([]byte, 4)}}
 }
 
 func equal(b []byte) expr.Any { return &expr.Cmp{Op: expr.CmpOpEq, Register: reg0, Data: b} }
