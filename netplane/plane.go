@@ -131,6 +131,8 @@ type Plane struct {
 	// signalled when some came.
 	announced []netip.Addr
 	told      chan struct{}
+	// led is signalled when the kernel was told of nodes.
+	led chan struct{}
 }
 
 // New opens the kernel's interfaces, and changes nothing yet.
@@ -153,7 +155,7 @@ func New(cfg Config) (*Plane, error) {
 	p := &Plane{
 		key: wireguard.PublicKey(),
 		cfg: cfg, log: cfg.Log, host: host.New(cfg.DataDir), networks: cfg.networks(), overlay: overlay.New(cfg.Overlay),
-		metrics: newMetrics(cfg.Registerer), told: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
+		metrics: newMetrics(cfg.Registerer), told: make(chan struct{}, 1), led: make(chan struct{}, 1), inForce: make(chan struct{}), released: map[types.UID]time.Time{},
 		checking: make(chan struct{}, maxChecks),
 	}
 	if p.services, err = openBalancer(&p.cfg); err != nil {
@@ -288,6 +290,10 @@ func (p *Plane) lead(self render.Peer, peers []render.Peer, cluster []netip.Pref
 		plan, n, err = p.overlay.Sync(self, peers, cluster)
 		if n > 0 {
 			p.log.Info("routes to other nodes", "nodes", len(peers), "wrapped", len(plan.Peers), "encrypted", plan.Encrypts(), "changes", n)
+			select {
+			case p.led <- struct{}{}:
+			default:
+			}
 		}
 		return err
 	})
@@ -361,6 +367,7 @@ func (p *Plane) Run(ctx context.Context) error {
 	wg.Go(func() { p.watch(ctx) })
 	wg.Go(func() { p.collect(ctx) })
 	wg.Go(func() { p.tell(ctx) })
+	wg.Go(func() { p.meet(ctx) })
 	wg.Wait()
 	return context.Cause(ctx)
 }
@@ -377,6 +384,35 @@ func (p *Plane) watch(ctx context.Context) {
 			if err := p.Repair(ctx); err != nil && ctx.Err() == nil {
 				p.log.Error("network is not as it should be; will try again", "err", err)
 			}
+		}
+	}
+}
+
+// meet has handshakes with other nodes begin anew where they came to nothing.
+func (p *Plane) meet(ctx context.Context) {
+	var due <-chan time.Time
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-p.led:
+		case <-due:
+		}
+		var next time.Duration
+		p.mu.Lock()
+		err := netspace.Do(p.cfg.NetNS, func() (err error) {
+			var n int
+			if next, n, err = p.overlay.Meet(); n > 0 {
+				p.log.Info("handshakes with other nodes began anew", "nodes", n)
+			}
+			return err
+		})
+		p.mu.Unlock()
+		if err != nil {
+			p.log.Error("handshakes with other nodes", "err", err)
+		}
+		if due = nil; next > 0 {
+			due = time.After(next)
 		}
 	}
 }

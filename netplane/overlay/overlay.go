@@ -44,6 +44,8 @@ type Overlay struct {
 	cfg Config
 	// remotes are where nodes said that they are, when the kernel was last told.
 	remotes map[wgtypes.Key]netip.Addr
+	// meetings are nodes that the kernel was told of, until there is a handshake.
+	meetings map[wgtypes.Key]meeting
 }
 
 // New returns an Overlay; it changes nothing yet.
@@ -145,6 +147,7 @@ func (o *Overlay) apply(p Plan) (changes int, err error) {
 		}
 	}
 	if p.Sealed == nil {
+		o.meetings = nil
 		return changes, step(discard(o.cfg.WireGuard.Device))
 	}
 	return changes, step(o.keys(p.Sealed, true))

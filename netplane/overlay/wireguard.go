@@ -1,6 +1,7 @@
 package overlay
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -29,6 +30,23 @@ const (
 // this one has forgotten what they had agreed on, not 15 seconds later. The others keep
 // firewalls between sites open.
 const keepalive = 25 * time.Second
+
+// When two nodes begin a handshake at the same time nothing comes of it: each answers the
+// other one's and forgets its own (Linux, drivers/net/wireguard/noise.c). By itself the
+// kernel begins another one after 5 seconds, and at most a third of a second more, on both
+// sides: the farther they are from each other, the longer this may go on. So if there is no
+// session after patience, the node with the smaller key begins anew; the other one, which
+// may be alone in knowing that there is none, later.
+const (
+	patience      = time.Second
+	otherPatience = 2500 * time.Millisecond
+)
+
+// meeting is a node with which there was no handshake yet.
+type meeting struct {
+	Sealing
+	due time.Time // to begin anew
+}
 
 // WireGuard is how packets are encrypted; all nodes must agree on Port.
 type WireGuard struct {
@@ -136,24 +154,24 @@ func (o *Overlay) keys(s *Sealed, forget bool) (changes int, err error) {
 		cfg.PrivateKey, cfg.ListenPort = &w.Key, &w.Port
 		changes++
 	}
-	kept := map[wgtypes.Key]*wgtypes.Peer{}
-	for i := range have.Peers {
-		kept[have.Peers[i].PublicKey] = &have.Peers[i]
-	}
+	kept := byKey(have.Peers)
+	meetings := map[wgtypes.Key]meeting{}
 	for _, p := range s.Peers {
 		h := kept[p.Key]
 		delete(kept, p.Key)
 		pc := wgtypes.PeerConfig{PublicKey: p.Key}
+		if h == nil {
+			meetings[p.Key] = meeting{p, time.Now().Add(w.patience(p.Key))}
+		} else if m, ok := o.meetings[p.Key]; ok {
+			meetings[p.Key] = meeting{p, m.due}
+		}
 		// The kernel follows a node that sends from elsewhere; it is led back only if the
 		// node itself says that it moved.
 		if moved := o.remotes[p.Key] != p.Remote; h == nil || moved && !at(h.Endpoint, p.Remote, w.Port) {
 			pc.Endpoint = &net.UDPAddr{IP: p.Remote.AsSlice(), Port: w.Port}
 		}
 		if h == nil || !same(h.AllowedIPs, p.Allowed) {
-			pc.ReplaceAllowedIPs = true
-			for _, q := range p.Allowed {
-				pc.AllowedIPs = append(pc.AllowedIPs, *host.IPNet(q))
-			}
+			pc.ReplaceAllowedIPs, pc.AllowedIPs = true, p.allowed()
 		}
 		if h == nil || h.PersistentKeepaliveInterval != keepalive {
 			pc.PersistentKeepaliveInterval = new(keepalive)
@@ -174,11 +192,81 @@ func (o *Overlay) keys(s *Sealed, forget bool) (changes int, err error) {
 			return 0, fmt.Errorf("configure %s (UDP port %d): %w", w.Device, w.Port, err)
 		}
 	}
-	o.remotes = map[wgtypes.Key]netip.Addr{}
+	o.remotes, o.meetings = map[wgtypes.Key]netip.Addr{}, meetings
 	for _, p := range s.Peers {
 		o.remotes[p.Key] = p.Remote
 	}
 	return changes, nil
+}
+
+// patience is how long this node waits for a first handshake with another one.
+func (w WireGuard) patience(other wgtypes.Key) time.Duration {
+	if own := w.Key.PublicKey(); bytes.Compare(own[:], other[:]) < 0 {
+		return patience
+	}
+	return otherPatience
+}
+
+// Meet begins handshakes anew that came to nothing. It returns the time until it has
+// something to do again, zero if there is none before the next Sync, and the number of
+// handshakes it began.
+func (o *Overlay) Meet() (next time.Duration, begun int, err error) {
+	if len(o.meetings) == 0 {
+		return 0, 0, nil
+	}
+	w := o.cfg.WireGuard
+	c, err := wgctrl.New()
+	if err != nil {
+		return 0, 0, fmt.Errorf("configure %s: %w", w.Device, err)
+	}
+	defer c.Close()
+	have, err := c.Device(w.Device)
+	if err != nil {
+		return 0, 0, fmt.Errorf("read %s: %w", w.Device, err)
+	}
+	var cfg wgtypes.Config
+	peers := byKey(have.Peers)
+	for key, m := range o.meetings {
+		h := peers[key]
+		if h == nil || !h.LastHandshakeTime.IsZero() { // or else the next Sync mends it
+			delete(o.meetings, key)
+			continue
+		}
+		if left := time.Until(m.due); left > 0 {
+			if next == 0 || left < next {
+				next = left
+			}
+			continue
+		}
+		delete(o.meetings, key)
+		begun++
+		// There is no other way to have the kernel begin before its time.
+		cfg.Peers = append(cfg.Peers, wgtypes.PeerConfig{PublicKey: key, Remove: true}, wgtypes.PeerConfig{
+			PublicKey: key, Endpoint: h.Endpoint, ReplaceAllowedIPs: true, AllowedIPs: m.allowed(), PersistentKeepaliveInterval: new(keepalive),
+		})
+	}
+	if begun > 0 {
+		if err := c.ConfigureDevice(w.Device, cfg); err != nil {
+			return 0, 0, fmt.Errorf("configure %s: %w", w.Device, err)
+		}
+	}
+	return next, begun, nil
+}
+
+func byKey(peers []wgtypes.Peer) map[wgtypes.Key]*wgtypes.Peer {
+	out := map[wgtypes.Key]*wgtypes.Peer{}
+	for i := range peers {
+		out[peers[i].PublicKey] = &peers[i]
+	}
+	return out
+}
+
+// allowed is Allowed as the kernel's interface has it.
+func (s Sealing) allowed() (out []net.IPNet) {
+	for _, q := range s.Allowed {
+		out = append(out, *host.IPNet(q))
+	}
+	return out
 }
 
 func at(e *net.UDPAddr, a netip.Addr, port int) bool {

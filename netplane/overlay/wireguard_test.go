@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
@@ -223,6 +224,58 @@ func TestKernelMoves(t *testing.T) {
 	l.syncAll()
 	if _, err := ask(n1.pod, n2.podAddr(0), 10); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestKernelMeet: nodes that are far from each other, hear of each other at the same time and
+// have something to say at once, reach each other soon.
+func TestKernelMeet(t *testing.T) {
+	if !vm.Inside() {
+		t.Skip("TestInKernel runs it")
+	}
+	l := newLab(t)
+	for _, m := range l.machines {
+		netspacetest.In(t, l.router, func() error {
+			link, err := netlink.LinkByName("to-" + m.Node)
+			if err != nil {
+				return err
+			}
+			at := netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT}
+			return netlink.QdiscAdd(netlink.NewNetem(at, netlink.NetemQdiscAttrs{Latency: 100_000})) // microseconds
+		})
+	}
+	for round := range 3 {
+		l.encrypt(true, 0, 1, 2)
+		var all sync.WaitGroup
+		for _, m := range l.machines {
+			all.Go(func() { l.sync(m, l.others(m)) })
+		}
+		all.Wait()
+		for _, a := range l.machines {
+			for _, b := range l.machines {
+				if a == b {
+					continue
+				}
+				all.Go(func() {
+					if _, err := ask(a.pod, b.podAddr(0), 100); err != nil {
+						t.Errorf("round %d, pod of %s to pod of %s: %v", round, a.Node, b.Node, err)
+					}
+				})
+			}
+			all.Go(func() { l.meet(a) })
+		}
+		all.Wait()
+	}
+}
+
+// meet does what a node has to do until it has met the others.
+func (l *lab) meet(m *machine) {
+	for next := time.Nanosecond; next > 0; {
+		time.Sleep(next)
+		netspacetest.In(l.t, m.node, func() (err error) {
+			next, _, err = m.overlay.Meet()
+			return err
+		})
 	}
 }
 

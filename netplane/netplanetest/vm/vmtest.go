@@ -35,7 +35,7 @@ var Modules = []string{
 	"ip_vs", "ip_vs_rr", "ip_vs_wrr", "ip_vs_lc", "ip_vs_wlc", "ip_vs_sh", "ip_vs_mh",
 	"nf_conntrack_netlink", "nf_tables", "nft_chain_nat", "nft_ct", "nft_masq", "nft_nat", "nft_numgen", "nft_redir",
 	"nft_reject", "nft_reject_inet", "nft_reject_ipv4", "nft_reject_ipv6", "nft_hash", "nft_limit", "nft_log", "nft_fib", "nft_fib_inet",
-	"veth", "dummy", "bridge", "vxlan", "wireguard", "sctp", "crc32c_intel",
+	"veth", "dummy", "bridge", "vxlan", "wireguard", "sctp", "crc32c_intel", "sch_netem",
 }
 
 // Test runs tests of the calling test's own package inside a machine, those that
