@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"decree.dev/decree/netplane/flows"
 	"decree.dev/decree/netplane/netplanetest/vm"
 	"decree.dev/decree/netplane/netspace"
 	"decree.dev/decree/netplane/netspace/netspacetest"
@@ -303,6 +304,28 @@ func exchange(c net.Conn) (Verdict, error) {
 		return failed(err)
 	}
 	return answered(string(buf[:n]))
+}
+
+// Remembered implements Rememberer.
+func (l *Lab) Remembered() (all []flows.Flow, err error) {
+	err = netspace.Do(l.Path[Node], func() error {
+		t, err := flows.Open()
+		if err != nil {
+			return err
+		}
+		defer t.Close()
+		for _, family := range []uint8{unix.AF_INET, unix.AF_INET6} {
+			_, err = t.Delete(family, func(f *flows.Flow) bool {
+				all = append(all, *f)
+				return false
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return all, err
 }
 
 // Flow implements UDPFlow.

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 
 	"decree.dev/decree/netplane"
+	"decree.dev/decree/netplane/flows"
 	"decree.dev/decree/netplane/render"
 )
 
@@ -110,6 +111,12 @@ type World interface {
 	Break() error
 	// Leftovers describes what is there although there should be nothing.
 	Leftovers() (string, error)
+}
+
+// Rememberer is a World whose node tracks connections.
+type Rememberer interface {
+	// Remembered lists them, of both families.
+	Remembered() ([]flows.Flow, error)
 }
 
 // UDPFlow is a World that can keep sending from one port.

@@ -334,6 +334,7 @@ func (s *Services) full(ctx context.Context, want render.Table) (int, error) {
 			return n, err
 		}
 		if !uses(f, &want) {
+			ops = append(ops, fops...)
 			if a.exists {
 				n++
 				if err := s.dropTable(f); err != nil {
@@ -373,8 +374,12 @@ func (s *Services) compare(f *family, a *actual, want *render.Table) (cs []chang
 			return
 		}
 		cs = append(cs, c)
+		op := diff.Op{Want: svc}
 		if old, ok := f.service(p, have); ok {
-			ops = append(ops, diff.Op{Have: &old, Want: svc})
+			op.Have = &old
+		}
+		if op.Have != nil || svc != nil {
+			ops = append(ops, op)
 		}
 	}
 	for i := range want.Services {
