@@ -24,14 +24,20 @@ type cluster struct {
 }
 
 func newCluster(t *testing.T) *cluster {
+	c := emptyCluster(t)
+	for i := range c.stores {
+		c.start(i)
+	}
+	return c
+}
+
+// emptyCluster is one of stores that have not begun.
+func emptyCluster(t *testing.T) *cluster {
 	c := &cluster{t: t, dirs: make([]string, 3), wires: make([]*raft.InmemTransport, 3), stores: make([]*raftstore.Store, 3)}
 	for i := range c.dirs {
 		c.dirs[i] = t.TempDir()
 		id := fmt.Sprint("s", i)
 		c.servers = append(c.servers, raft.Server{ID: raft.ServerID(id), Address: raft.ServerAddress(id)})
-	}
-	for i := range c.stores {
-		c.start(i)
 	}
 	t.Cleanup(func() {
 		for i := range c.stores {

@@ -2,11 +2,17 @@ package raftstore_test
 
 import (
 	"errors"
+	"fmt"
 	"strings"
+	"sync/atomic"
 	"testing"
+
+	"golang.org/x/sync/errgroup"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"decree.dev/decree/raftstore"
 	"decree.dev/decree/raftstore/command"
+	"decree.dev/decree/schemas/api"
 )
 
 // TestTooOldServerIsNotAdded: what was written decides who can still join, and a server
@@ -74,4 +80,55 @@ func TestTooOldServerIsNotAdded(t *testing.T) {
 	}
 	reopen() // the state has a part
 	refuses(s)
+}
+
+// TestNewLeaderFormat: who has just begun to lead, and is asked at once, writes what all servers
+// understand.
+func TestNewLeaderFormat(t *testing.T) {
+	c := emptyCluster(t)
+	for i, m := range c.servers {
+		c.startWith(i, func(cfg *raftstore.Config) {
+			cfg.WholeBytes, cfg.PartBytes = 1000, 500
+			if cfg.Servers = c.servers[:1]; i > 0 { // it is let in
+				cfg.Servers, cfg.Bootstrap = nil, nil
+			}
+		})
+		now := c.stores[c.leader()]
+		if err := now.WaitReady(timeout(t)); err != nil {
+			t.Fatal(err)
+		}
+		o := &api.Server{ObjectMeta: metav1.ObjectMeta{Name: string(m.ID)}, Status: api.ServerStatus{Format: command.Newest}}
+		o.GetObjectKind().SetGroupVersionKind(api.GroupVersion.WithKind("Server"))
+		note := create(o)
+		note.Actor = "server/" + string(m.ID)
+		must(t, now, note)
+		if err := now.SetMember(timeout(t), raftstore.Member{ID: string(m.ID), Address: string(m.Address), Voter: true}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	now := c.leader()
+	for i := range 30 {
+		if err := c.stores[now].TransferLeadership(timeout(t), ""); err != nil {
+			t.Fatal(err)
+		}
+		var all errgroup.Group
+		var written atomic.Bool
+		for j, s := range c.stores {
+			all.Go(func() error {
+				for k := 0; !written.Load(); k++ {
+					large := create(configMap(fmt.Sprintf("large-%d-%d-%d", i, j, k), strings.Repeat("x", 2000)))
+					_, err := s.Propose(timeout(t), large)
+					if errors.Is(err, command.ErrFormat) {
+						return err
+					}
+					written.CompareAndSwap(false, err == nil)
+				}
+				return nil
+			})
+		}
+		if err := all.Wait(); err != nil {
+			t.Fatalf("handed over %d times: %v", i, err)
+		}
+		now = c.leader()
+	}
 }

@@ -42,7 +42,6 @@ func (s *Store) lead() {
 	var noted leadership
 	for {
 		if s.IsLeader() {
-			s.settleFormat()
 			if err := s.establish(ctx); err != nil && ctx.Err() == nil {
 				s.log.Warn("taking the lead", "error", err)
 			}

@@ -197,6 +197,12 @@ func (s *Store) batch() {
 }
 
 func (s *Store) launch(batch []*proposal) {
+	// What the servers understand is only known then, and another leader may have let in
+	// one that understands less.
+	if err := s.caughtUp(context.Background()); err != nil {
+		answer(batch, err)
+		return
+	}
 	parts := make([][]byte, len(batch))
 	for i, p := range batch {
 		parts[i] = p.data

@@ -122,16 +122,10 @@ func (s *Store) verifiedView(ctx context.Context) (*state.State, error) {
 	if err := s.refusal(); err != nil {
 		return nil, err
 	}
-	term := s.raft.CurrentTerm()
-	if s.readTerm.Load() != term {
-		if !s.IsLeader() {
-			return nil, s.notLeader()
-		}
-		if err := s.catchUp(ctx); err != nil {
-			return nil, err
-		}
-		term = s.readTerm.Load()
+	if err := s.caughtUp(ctx); err != nil {
+		return nil, err
 	}
+	term := s.readTerm.Load()
 	if err := s.ask(ctx, func() raft.Future { return s.raft.VerifyLeader() }); err != nil {
 		return nil, s.readError(ctx, err)
 	}
@@ -141,8 +135,19 @@ func (s *Store) verifiedView(ctx context.Context) (*state.State, error) {
 	return s.View(), nil
 }
 
+// caughtUp is catchUp where it was not done in this term.
+func (s *Store) caughtUp(ctx context.Context) error {
+	switch {
+	case !s.IsLeader():
+		return s.notLeader()
+	case s.Leads():
+		return nil
+	}
+	return s.catchUp(ctx)
+}
+
 // catchUp makes sure that this leader has applied all that earlier leaders
-// acknowledged.
+// acknowledged, and writes what the servers that it knows then understand.
 func (s *Store) catchUp(ctx context.Context) error {
 	term := s.raft.CurrentTerm()
 	if err := s.ask(ctx, func() raft.Future { return s.raft.Barrier(0) }); err != nil {
@@ -151,6 +156,7 @@ func (s *Store) catchUp(ctx context.Context) error {
 	if s.raft.CurrentTerm() != term {
 		return s.notLeader()
 	}
+	s.settleFormat()
 	s.readTerm.Store(term)
 	return nil
 }

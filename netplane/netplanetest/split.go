@@ -11,25 +11,30 @@ import (
 )
 
 // udpBefore: a client that sent to a port of the node before a service was there follows it
-// when it comes.
+// when it comes, also if that is while nobody looks.
 func (s *suite) udpBefore(t *testing.T) {
 	w, ok := s.w.(UDPFlow)
 	if !ok {
 		return // as in udpFlow
 	}
-	s.sync(t, s.table())
 	svc := render.Service{Port: render.Port{Addr: s.n.Uplink, Proto: render.UDP, Port: nodePort}, Endpoints: s.n.Endpoints(UDPPort, Pod2)}
-	send, stop, err := w.Flow(Outside, netip.AddrPortFrom(svc.Addr, svc.Port.Port))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stop()
-	if v, err := send(); err != nil || !v.Rejected {
-		t.Fatalf("before the service: %+v, %v", v, err)
-	}
-	s.sync(t, s.table(svc))
-	if v, err := send(); err != nil || v.To != svc.Endpoints[0] {
-		t.Errorf("with the service: %+v, %v", v, err)
+	for _, restart := range []bool{false, true} {
+		s.sync(t, s.table())
+		send, stop, err := w.Flow(Outside, netip.AddrPortFrom(svc.Addr, svc.Port.Port))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stop()
+		if v, err := send(); err != nil || !v.Rejected {
+			t.Fatalf("before the service: %+v, %v", v, err)
+		}
+		if restart {
+			s.open(t)
+		}
+		s.sync(t, s.table(svc))
+		if v, err := send(); err != nil || v.To != svc.Endpoints[0] {
+			t.Errorf("with the service, another process %v: %+v, %v", restart, v, err)
+		}
 	}
 }
 

@@ -252,7 +252,8 @@ func devices(t *testing.T, path string) (names []string) {
 	return names
 }
 
-// dump is all that the kernel holds of addresses, routes and neighbours.
+// dump is all that the kernel holds of addresses and routes, but for the link-local ones that it
+// gives every interface about a second after that is up.
 func dump(t *testing.T, path string) string {
 	t.Helper()
 	var b strings.Builder
@@ -266,6 +267,7 @@ func dump(t *testing.T, path string) string {
 			if err != nil {
 				return err
 			}
+			addrs = slices.DeleteFunc(addrs, func(a netlink.Addr) bool { return a.IP.IsLinkLocalUnicast() })
 			fmt.Fprintln(&b, l.Attrs().Name, l.Attrs().MTU, addrs)
 		}
 		for _, f := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
@@ -274,6 +276,9 @@ func dump(t *testing.T, path string) string {
 				return err
 			}
 			for _, r := range routes {
+				if r.Dst != nil && r.Dst.IP.IsLinkLocalUnicast() {
+					continue
+				}
 				fmt.Fprintln(&b, r.Dst, r.Gw, r.LinkIndex, r.Protocol)
 			}
 		}
