@@ -197,8 +197,8 @@ func (s *Store) batch() {
 }
 
 func (s *Store) launch(batch []*proposal) {
-	// What the servers understand is only known then, and another leader may have let in
-	// one that understands less.
+	// Until this leader has caught up it does not know what the servers understand: another
+	// one may have let in a server that understands less.
 	if err := s.caughtUp(context.Background()); err != nil {
 		answer(batch, err)
 		return
