@@ -12,8 +12,10 @@ import (
 type formats struct {
 	mu  sync.Mutex
 	now int // of new entries, while this server leads
-	// used is the newest format in the log or the snapshot of this server. While it
-	// leads and has caught up, nothing that it may send to others is newer.
+	// used is the newest format in the snapshot of this server and in the log after it, as
+	// of its start, and of all since. While it leads and has caught up, nothing that it may
+	// send to others is newer, but for what it has kept of the log before the snapshot: a
+	// server that is new is sent that if it goes back to the first entry.
 	used    int
 	joining map[string]int // servers that are being added, and how often
 }

@@ -121,7 +121,9 @@ func TestNewLeaderFormat(t *testing.T) {
 					if errors.Is(err, command.ErrFormat) {
 						return err
 					}
-					written.CompareAndSwap(false, err == nil)
+					if err == nil {
+						written.Store(true)
+					}
 				}
 				return nil
 			})
